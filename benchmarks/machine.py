@@ -1,0 +1,38 @@
+"""What a figure was measured on and with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("bnncc", "apache-tvm", "torch", "onnxruntime", "ziglang", "numpy")
+_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_vpopcntdq", "asimd", "asimddp")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, the vector extensions that matter here, cores this process may use, system."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+
+    def field(name: str) -> str:
+        found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+        return found.group(1).strip() if found else ""
+
+    flags = set((field("flags") or field("Features")).split())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": field("model name") or platform.processor() or platform.machine(),
+        "family_model_stepping": [field("cpu family"), field("model"), field("stepping")],
+        "extensions": [flag for flag in _FLAGS if flag in flags],
+        "cores": cores,
+        "load_average": os.getloadavg()[0],
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that take part."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}

@@ -1,0 +1,345 @@
+"""The commands of `bnncc`: what they take, and how results are shown. The work is done by the public functions."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import click
+import numpy as np
+from rich.table import Table
+
+from bnncc import __version__
+from bnncc.runtime.container import read_manifest, write_whole
+from bnncc.runtime.device import open_device
+from bnncc.runtime.errors import BnnccError
+from bnncc.runtime.manifest import PortEntry
+from bnncc.terminal import console, finding_table, layer_table, progress_bar, readable
+
+_MODEL_HELP = """MODEL is a .pt2 file (torch.export.save), an .onnx file (QONNX operators included), or
+package.module:callable whose callable returns a torch.nn.Module; then --input-shape says what it is called with, and
+--weights loads a state dict."""
+
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+def _epilog(*examples: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples)
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_epilog(
+        "bnncc compile model.pt2 -t rpi4 -o model.so     compile for a Raspberry Pi 4",
+        "bnncc validate model.so --reference model.pt2 --data test.npz",
+        "bnncc run model.so --input x.npy --output y.npy",
+    ),
+)
+@click.version_option(__version__)
+def bnncc() -> None:
+    """Compiles binary neural networks from PyTorch or ONNX into one shared library that needs nothing but libc.
+
+    Train in PyTorch, `compile` for a target, `validate` against the model itself, `run` anywhere.
+    """
+
+
+_device_option = click.option(
+    "--device",
+    default="local",
+    show_default=True,
+    help="local, or qemu for an artifact of another architecture; that takes the runner model-run beside model.so.",
+)
+
+
+def _model_options(function: Any) -> Any:
+    for option in (
+        click.option("--weights", type=_FILE, help="State dict of MODEL, read without running code from the file."),
+        click.option(
+            "--input-shape",
+            "shapes",
+            multiple=True,
+            type=str,
+            metavar="N,C,H,W",
+            help="Shape of an input; once for each input of MODEL, in order. Not needed for .pt2; for .onnx only where "
+            "it leaves more open than the batch, which is 1 by default.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+@bnncc.command(
+    name="compile",
+    short_help="Compiles a PyTorch or ONNX model into a shared library.",
+    help="Compiles MODEL into one shared library.\n\n" + _MODEL_HELP,
+    epilog=_epilog(
+        "bnncc compile model.pt2 -o model.so",
+        "bnncc compile nets.digits:Net --weights net.pt --input-shape 1,1,8,8 -t rpi4 -o digits.so",
+        "bnncc compile model.pt2 -t rpi4 -o model.so --header model.h --runner model-run",
+        "bnncc compile model.pt2 -o model.so --dump-ir ir/      the IR after every pass",
+    ),
+)
+@click.argument("model")
+@click.option("-t", "--target", default="native", show_default=True, help="See `bnncc targets`.")
+@click.option("-o", "--output", type=_NEW_FILE, required=True, help="The shared library to write.")
+@click.option("--name", default=None, help="Name of the model and prefix of its C functions. [default: from --output]")
+@_model_options
+@click.option("--header", type=_NEW_FILE, help="Also write the C header of the artifact.")
+@click.option("--runner", type=_NEW_FILE, help="Also write a static executable that runs the model on .npy files.")
+@click.option("--dump-ir", type=click.Path(file_okay=False, path_type=Path), help="Write the IR after every pass here.")
+def compile_command(
+    model: str,
+    target: str,
+    output: Path,
+    name: str | None,
+    weights: Path | None,
+    shapes: tuple[str, ...],
+    header: Path | None,
+    runner: Path | None,
+    dump_ir: Path | None,
+) -> None:
+    from bnncc import compiler
+    from bnncc.models import load_model
+    from bnncc.targets.descriptor import get_target
+
+    get_target(target)  # before minutes of loading and tracing: a typo is known at once
+    _check_folder(output, header, runner)
+    with progress_bar() as progress:
+        progress("loading the model", 0, 1)
+        loaded, examples = load_model(model, weights), _examples(shapes)
+        if examples is None and not model.endswith((".pt2", ".onnx")):
+            raise BnnccError(f"--input-shape is missing: say what '{model}' is called with, such as 1,3,224,224")
+        if examples is None and model.endswith(".onnx"):
+            from bnncc.frontends.onnx_graph import prepare
+
+            for note in prepare(loaded).fixed:
+                click.echo(note, err=True)
+        artifact = compiler.compile(
+            loaded,
+            examples,
+            target,
+            name=name or _identifier(output.stem),
+            options=compiler.Options(dump_ir=dump_ir),
+            progress=progress,
+        )
+        artifact.save(output, header=header, runner=runner)
+    size = output.stat().st_size
+    weights_bytes = artifact.manifest["weights_bytes"]
+    click.echo(f"{output}: {readable(size)} for {target}, of which {readable(weights_bytes)} are weights")
+
+
+@bnncc.command(
+    short_help="Runs an artifact on .npy files.",
+    epilog=_epilog("bnncc run model.so --input x.npy", "bnncc run model.so --input a.npy --input b.npy --output y.npy"),
+)
+@click.argument("artifact", type=_FILE)
+@click.option("--input", "inputs", type=_FILE, multiple=True, required=True, help="A .npy file; once for each input.")
+@click.option("--output", type=_NEW_FILE, help="Where to write the output (.npy; .npz where there are several).")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all cores]")
+@_device_option
+def run(artifact: Path, inputs: tuple[Path, ...], output: Path | None, threads: int | None, device: str) -> None:
+    """Runs ARTIFACT, a .so, once on .npy files."""
+    _check_folder(output)
+    arrays = [_load_numpy(path, np.ndarray, "numpy.save") for path in inputs]
+    with open_device(artifact, device, threads) as opened:
+        names = [port["name"] for port in opened.manifest["outputs"]]
+        results = opened.run(arrays)
+    if output is None:
+        for name, array in zip(names, results, strict=True):
+            click.echo(f"{name} {array.dtype} {list(array.shape)}\n{np.array2string(array, threshold=100)}")
+        return
+    file = io.BytesIO()
+    if len(results) == 1:
+        np.save(file, results[0])
+    else:
+        named: dict[str, Any] = dict(zip(names, results, strict=True))
+        np.savez(file, **named)
+    write_whole(output, file.getvalue())
+
+
+@bnncc.command(
+    short_help="Compares an artifact with the model it was compiled from.",
+    epilog=_epilog(
+        "bnncc validate model.so --reference model.pt2 --data test.npz",
+        "bnncc validate pi.so --reference model.pt2 --data test.npz --device qemu --report report.html",
+    ),
+)
+@click.argument("artifact", type=_FILE)
+@click.option("--reference", required=True, metavar="MODEL", help="The model, as it was given to `bnncc compile`.")
+@click.option(
+    "--data",
+    type=_FILE,
+    required=True,
+    help="A .npz file: an array for each input, by name or in order, of any number of samples; `labels` if there are.",
+)
+@click.option("--weights", type=_FILE, help="State dict of the reference.")
+@_device_option
+@click.option("--all-layers", is_flag=True, help="Compare every batch layer by layer, not only the first few.")
+@click.option("--report", "reports", type=_NEW_FILE, multiple=True, help="Also write the report (.json or .html).")
+def validate(
+    artifact: Path,
+    reference: str,
+    data: Path,
+    weights: Path | None,
+    device: str,
+    all_layers: bool,
+    reports: tuple[Path, ...],
+) -> int:
+    """Compares ARTIFACT with eager PyTorch, or ONNX Runtime, layer by layer and as a whole.
+
+    Exit status 0: equal, up to float rounding where the report says so. 1: not equal. 2: it could not be compared.
+    """
+    from bnncc import eager
+    from bnncc.models import load_model
+
+    for path in reports:
+        if path.suffix not in (".json", ".html"):
+            raise BnnccError(f"--report {path}: the name must end in .json or .html")
+    _check_folder(*reports)
+    with progress_bar() as progress:
+        progress("loading the model", 0, 1)
+        inputs, labels = _load_npz(data, artifact)
+        options: dict[str, Any] = {"layer_batches": None} if all_layers else {}
+        report = eager.validate(
+            artifact, load_model(reference, weights), [inputs], labels, device, progress=progress, **options
+        )
+    out = console()
+    out.print(report.table())
+    for line in report.summary():
+        out.print(line, highlight=False, soft_wrap=True)
+    for line in report.problems:
+        out.print(line, style="red", highlight=False, soft_wrap=True)
+    for path in reports:
+        report.save(path)
+    return 0 if report.ok else 1
+
+
+@bnncc.command(
+    short_help="Shows what a model will become, or what an artifact holds.",
+    epilog=_epilog(
+        "bnncc inspect model.pt2",
+        "bnncc inspect nets.digits:Net --input-shape 1,1,8,8 -t rpi4",
+        "bnncc inspect model.so",
+        "bnncc inspect model.so --json | less",
+    ),
+)
+@click.argument("subject", metavar="MODEL|ARTIFACT")
+@click.option("-t", "--target", default="native", show_default=True, help="What a model is to be compiled for.")
+@_model_options
+@click.option("--json", "as_json", is_flag=True, help="The manifest, or the findings, as JSON.")
+def inspect(subject: str, target: str, weights: Path | None, shapes: tuple[str, ...], as_json: bool) -> int:
+    """Shows what every layer of MODEL will become, before it is compiled; MODEL is as for `bnncc compile`. Exit status
+    1: some of it cannot be compiled.
+
+    Of ARTIFACT, a .so, it shows what it holds, without running it: target, inputs, outputs, layers, memory.
+    """
+    if subject.endswith((".pt2", ".onnx")) or (":" in subject and not Path(subject).is_file()):
+        return _inspect_model(subject, target, weights, shapes, as_json)
+    if not Path(subject).is_file():
+        raise BnnccError(f"there is no file '{subject}'; expected an artifact (.so), or a model as for `bnncc compile`")
+    _inspect_artifact(Path(subject), as_json)
+    return 0
+
+
+def _inspect_model(model: str, target: str, weights: Path | None, shapes: tuple[str, ...], as_json: bool) -> int:
+    from dataclasses import asdict
+
+    from bnncc.inspection import REFUSED, inspect_model
+    from bnncc.models import load_model
+
+    examples = _examples(shapes)
+    if examples is None and not model.endswith((".pt2", ".onnx")):
+        raise BnnccError(f"--input-shape is missing: say what '{model}' is called with, such as 1,3,224,224")
+    findings = inspect_model(load_model(model, weights), examples, target)
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        console().print(finding_table(findings))
+    return int(any(finding.becomes == REFUSED for finding in findings))
+
+
+def _inspect_artifact(artifact: Path, as_json: bool) -> None:
+    manifest = read_manifest(artifact)
+    if as_json:
+        click.echo(json.dumps(manifest, indent=2))
+        return
+    target = manifest["target"]
+    out = console()
+    for key, value in {
+        "model": f"{manifest['name']} (bnncc {manifest['bnncc']})",
+        "target": f"{target['name']}: {target['arch']}, {target['cpu']}; needs {' '.join(target['features'])}",
+        "inputs": ", ".join(map(_port, manifest["inputs"])),
+        "outputs": ", ".join(map(_port, manifest["outputs"])),
+        "memory": f"{readable(manifest['arena_bytes'])} arena, {readable(manifest['persistent_bytes'])} kept",
+        "weights": readable(manifest["weights_bytes"]),
+    }.items():
+        out.print(f"{key + ':':9}{value}", highlight=False, soft_wrap=True)
+    out.print(layer_table(manifest["layers"]))
+
+
+@bnncc.command(short_help="Lists the targets.")
+def targets() -> None:
+    """Lists the targets to compile for; names of processors (znver4, cortex-a76, …) are accepted too."""
+    from bnncc.targets.descriptor import all_targets, native
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("target", "architecture", "vectors", "description"):
+        table.add_column(heading)
+    for target in (native(), *all_targets()):
+        table.add_row(target.name, target.arch, f"{target.vector_bits} bit", target.description)
+    console().print(table)
+
+
+def _examples(shapes: tuple[str, ...]) -> Any:
+    import torch
+
+    if not shapes:
+        return None
+    examples = []
+    for shape in shapes:
+        extents = shape.split(",")
+        if not all(extent.strip().isdigit() and int(extent) > 0 for extent in extents):
+            raise BnnccError(f"--input-shape {shape}: expected numbers with commas between, such as 1,3,224,224")
+        examples.append(torch.zeros(*map(int, extents)))
+    return tuple(examples)
+
+
+def _identifier(stem: str) -> str:
+    """A C identifier from a file's name."""
+    name = "".join(c if c.isascii() and c.isalnum() else "_" for c in stem)
+    return name if name[:1].isalpha() else f"model_{name}"
+
+
+def _check_folder(*paths: Path | None) -> None:
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise BnnccError(f"cannot write '{path}': there is no folder '{path.parent}'")
+
+
+def _load_numpy(path: Path, kind: type, example: str) -> Any:
+    """What a NumPy file holds, if it is of that kind; without running code from it."""
+    try:
+        data = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
+        raise BnnccError(f"'{path}' cannot be read: {error}; expected the file of {example}") from error
+    if not isinstance(data, kind):
+        raise BnnccError(f"'{path}' holds something else; expected the file of {example}")
+    return data
+
+
+def _load_npz(path: Path, artifact: Path) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
+    """The inputs in the artifact's order, and the labels if there are any."""
+    arrays = dict(_load_numpy(path, np.lib.npyio.NpzFile, "numpy.savez(path, x=…, labels=…)"))
+    labels = arrays.pop("labels", None)
+    names = [port["name"] for port in read_manifest(artifact)["inputs"]]
+    if len(arrays) != len(names):
+        raise BnnccError(f"'{path}' holds {', '.join(arrays) or 'no input'}; the inputs are {', '.join(names)}")
+    return tuple(arrays[name] for name in (names if set(names) == set(arrays) else arrays)), labels
+
+
+def _port(port: PortEntry) -> str:
+    return f"{port['name']} {port['dtype']} [{', '.join(map(str, port['shape']))}]"

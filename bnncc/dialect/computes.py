@@ -1,0 +1,161 @@
+"""TE computes of the binary operators: what a kernel means, for any target.
+
+Shapes and the bit convention are those of `bnncc.runtime.bits`: bit 1 is +1, padding bits are 0 in both operands,
+``dot = K − 2·popcount(x xor w)``. Activations are NHWC; a spatially padded input arrives padded already.
+The roles of the stages stand in `bnncc.dialect.stages`, what packs and pools in `computes_pack`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tvm import te, tirx
+
+from .computes_pack import constant_byte, lookup_pack, max_pool2d_bits, pack, pad_bits, threshold_pack
+from .stages import extents, staged, window
+
+__all__ = [
+    "binary_conv2d", "constant_byte", "extents", "lookup_pack", "max_pool2d_bits", "pack", "pad_bits",
+    "padding_correction", "threshold_pack",
+]  # fmt: skip
+
+#: A byte accumulator holds this many popcounts of one byte; half as many where the terms are signed.
+BYTE_STEPS = 31
+
+
+def _as(dtype: str, value: Any) -> Any:
+    return value if str(value.ty.dtype) == dtype else tirx.Cast(dtype, value)
+
+
+def _chunk_of(depth: int, limit: int) -> int:
+    """Length of the longest equal chunks of at most `limit` steps, even if the last chunk has a rest."""
+    exact = max(d for d in range(1, limit + 1) if depth % d == 0)
+    if exact >= min(depth, 8):
+        return exact
+    chunks = -(-depth // limit)
+    return -(-depth // chunks)
+
+
+def binary_conv2d(
+    x: te.Tensor,
+    w: te.Tensor,
+    *,
+    depth: int,
+    out_channels: int,
+    strides: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+    n_eff: te.Tensor | None = None,
+) -> te.Tensor:
+    """The convolution of ±1 (or −1/0/+1) values as exact int32 dot products [N, OH, OW, out_channels].
+
+    x: words [N, H, W, G·K], already padded; ternary: [N, H, W, 2, G·K], the sign plane and the non-zero plane.
+    w: words [G, OB, KH, KW, K, OL], OL output channels beside each other, each group's channels filled up to a multiple
+       of OL by zero words; ternary: [G, OB, KH, KW, 2, K, OL].
+    depth: true number of terms of one product, KH·KW·C/G; `n_eff` int32 [out_channels] replaces it where ternary
+       weights drop terms (and spares counting them).
+    """
+    ternary_x, ternary_w = len(x.shape) == 5, len(w.shape) == 7
+    batch, height, width = extents(x)[:3]
+    groups, blocks, kh, kw, *_, words, lanes = extents(w)
+    oh = window(height, kh, strides[0], dilation[0])
+    ow = window(width, kw, strides[1], dilation[1])
+    signed = ternary_x or (ternary_w and n_eff is None)
+
+    def term(dtype: str) -> Callable[..., Any]:
+        def f(n: Any, y: Any, x_: Any, g: Any, b: Any, lane: Any, i: Any, j: Any, k: Any) -> Any:
+            pixel = (n, y * strides[0] + i * dilation[0], x_ * strides[1] + j * dilation[1])
+            xs = x(*pixel, 0, g * words + k) if ternary_x else x(*pixel, g * words + k)
+            ws = w(g, b, i, j, 0, k, lane) if ternary_w else w(g, b, i, j, k, lane)
+            differing = xs ^ ws
+            if not (ternary_x or ternary_w):
+                return _as(dtype, tirx.popcount(differing))
+            masks = [x(*pixel, 1, g * words + k)] if ternary_x else []
+            masks += [w(g, b, i, j, 1, k, lane)] if ternary_w else []
+            mask = masks[0] if len(masks) == 1 else masks[0] & masks[1]
+            mismatches = _as(dtype, tirx.popcount(differing & mask))
+            if not signed:
+                return mismatches
+            return _as(dtype, tirx.popcount(mask)) - mismatches - mismatches
+
+        return f
+
+    counts = _popcounts(x.dtype, signed, (batch, oh, ow, groups, blocks, lanes), (kh, kw, words), term)
+    group_out = out_channels // groups
+
+    def dot(n: Any, y: Any, x_: Any, o: Any) -> Any:
+        g, within = (0, o) if groups == 1 else (tirx.floordiv(o, group_out), tirx.floormod(o, group_out))
+        b, lane = (0, within) if blocks == 1 else (tirx.floordiv(within, lanes), tirx.floormod(within, lanes))
+        count = _as("int32", counts(n, y, x_, g, b, lane))
+        if signed:
+            return count
+        return (n_eff(o) if n_eff is not None else tirx.const(depth, "int32")) - count * 2
+
+    return te.compute((batch, oh, ow, out_channels), dot, name="dot")
+
+
+def _popcounts(
+    word: str, signed: bool, shape: tuple[int, ...], reduced: tuple[int, int, int], term: Callable[[str], Any]
+) -> te.Tensor:
+    """Sums `term` over (KH, KW, K): at once in the word's own width, or for bytes in chunks that a byte can hold."""
+    kh, kw, words = reduced
+    if str(word) != "uint8":
+        dtype = str(word).replace("uint", "int") if signed else str(word)
+        i, j, k = (te.reduce_axis((0, extent), name) for extent, name in zip(reduced, ("ky", "kx", "k"), strict=True))
+        f = term(dtype)
+        return staged(shape, lambda *axes: te.sum(f(*axes, i, j, k), axis=[i, j, k]), "binary_conv2d", "binary_conv2d")
+    narrow = "int8" if signed else "uint8"
+    limit = BYTE_STEPS // 2 if signed else BYTE_STEPS
+    most = 8 * kh * kw * words
+    wide = ("int16" if most < 1 << 15 else "int32") if signed else ("uint16" if most < 1 << 16 else "uint32")
+    f = term(narrow)
+    if kw * words <= limit:  # one row of the window to a chunk
+        j, k = te.reduce_axis((0, kw), "kx"), te.reduce_axis((0, words), "k")
+        outer = te.reduce_axis((0, kh), "ky")
+        chunks = staged(
+            (*shape, kh),
+            lambda *axes: te.sum(f(*axes, j, k), axis=[j, k]),
+            "binary_conv2d_chunk",
+            "binary_conv2d.chunk",
+        )
+        reduction = [outer]
+    else:  # a part of one position's words to a chunk
+        size = _chunk_of(words, limit)
+        k = te.reduce_axis((0, size), "k")
+        count = -(-words // size)
+
+        def chunk(*axes: Any) -> Any:
+            *at, i, j, c = axes
+            if count * size == words:
+                return te.sum(f(*at, i, j, c * size + k), axis=[k])
+            inside = c * size + k < words
+            return te.sum(
+                tirx.if_then_else(inside, f(*at, i, j, tirx.min(c * size + k, words - 1)), tirx.const(0, narrow)),
+                axis=[k],
+            )
+
+        chunks = staged((*shape, kh, kw, count), chunk, "binary_conv2d_chunk", "binary_conv2d.chunk")
+        reduction = [te.reduce_axis((0, e), n) for e, n in ((kh, "ky"), (kw, "kx"), (count, "c"))]
+    return staged(
+        shape,
+        lambda *axes: te.sum(_as(wide, chunks(*axes, *reduction)), axis=reduction),
+        "binary_conv2d_total",
+        "binary_conv2d.total",
+    )
+
+
+def padding_correction(
+    dot: te.Tensor, correction: te.Tensor, rows: te.Tensor, cols: te.Tensor, images: te.Tensor | None = None
+) -> te.Tensor:
+    """Adds what zero padding leaves out of an input padded with −1: ``dot + correction[rows[y], cols[x], o]``.
+
+    correction: int32 [row classes, column classes, O]; rows int32 [OH] and cols int32 [OW] give the class of a pixel,
+    that is which of the window's rows and columns lie outside. images int32 [N]: the same for the depth of 3-D
+    convolutions, a first axis of `correction`.
+    """
+
+    def corrected(n: Any, y: Any, x: Any, o: Any) -> Any:
+        image = () if images is None else (images(n),)
+        return dot(n, y, x, o) + correction(*image, rows(y), cols(x), o)
+
+    return te.compute(dot.shape, corrected, name="padding_correction")

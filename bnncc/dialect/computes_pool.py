@@ -1,0 +1,155 @@
+"""TE computes of pooling, means and softmax."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import te, tirx
+
+from .scalars import f32, unless_nan
+from .stages import Padding, extents, nearest, staged
+
+
+def _pool_index(
+    pool: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Padding,
+    height: int,
+    width: int,
+    dilation: tuple[int, int] = (1, 1),
+) -> tuple[Any, Any, Callable[[Any, Any], tuple[Any, Any, Any]]]:
+    i, j = te.reduce_axis((0, pool[0]), "ky"), te.reduce_axis((0, pool[1]), "kx")
+
+    def at(y: Any, x_: Any) -> tuple[Any, Any, Any]:
+        sy = y * strides[0] + i * dilation[0] - padding[0]
+        sx = x_ * strides[1] + j * dilation[1] - padding[1]
+        inside = tirx.all(sy >= 0, sy < height, sx >= 0, sx < width) if any(padding) else None
+        return sy, sx, inside
+
+    return i, j, at
+
+
+def _pooled(size: int, kernel: int, stride: int, before: int, after: int, ceil_mode: bool) -> int:
+    if not ceil_mode:
+        return (size + before + after - kernel) // stride + 1
+    out = -(-(size + before + after - kernel) // stride) + 1
+    return out - 1 if (out - 1) * stride >= size + before else out  # a window must start inside
+
+
+def max_pool2d(
+    x: te.Tensor,
+    pool_size: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Padding = (0, 0, 0, 0),
+    *,
+    dilation: tuple[int, int] = (1, 1),
+    ceil_mode: bool = False,
+) -> te.Tensor:
+    """Max pooling of [N, H, W, C]; NaN wins, padding never does."""
+    batch, height, width, channels = extents(x)
+    reach = tuple(d * (k - 1) + 1 for d, k in zip(dilation, pool_size, strict=True))
+    oh = _pooled(height, reach[0], strides[0], padding[0], padding[2], ceil_mode)
+    ow = _pooled(width, reach[1], strides[1], padding[1], padding[3], ceil_mode)
+    bottom = max(padding[2], (oh - 1) * strides[0] + reach[0] - height - padding[0])
+    right = max(padding[3], (ow - 1) * strides[1] + reach[1] - width - padding[1])
+    lowest = f32(-math.inf)
+    reducer = te.comm_reducer(
+        lambda kept, new: tirx.Select(new > kept, new, unless_nan(new, kept)), lambda _: lowest, name="larger"
+    )
+    sides = (padding[0], padding[1], bottom, right)
+    i, j, at = _pool_index(pool_size, strides, sides, height, width, dilation)
+
+    def f(n: Any, y: Any, x_: Any, c: Any) -> Any:
+        sy, sx, inside = at(y, x_)
+        if dilation == (1, 1):  # no element lies between those of the window: its nearest edge is one of them
+            value = x(n, nearest(sy, height, sides[0], sides[2]), nearest(sx, width, sides[1], sides[3]), c)
+        else:
+            value = x(n, sy, sx, c) if inside is None else tirx.if_then_else(inside, x(n, sy, sx, c), lowest)
+        return reducer(value, axis=[i, j])
+
+    return staged((batch, oh, ow, channels), f, "max_pool2d", "reduction")
+
+
+def avg_pool2d(
+    x: te.Tensor,
+    pool_size: tuple[int, int],
+    strides: tuple[int, int],
+    padding: Padding = (0, 0, 0, 0),
+    *,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
+) -> te.Tensor:
+    """Average pooling of [N, H, W, C]: the sum in window order, divided by the count as ATen counts."""
+    batch, height, width, channels = extents(x)
+    top, left, bottom, right = padding
+    oh = _pooled(height, pool_size[0], strides[0], top, bottom, ceil_mode)
+    ow = _pooled(width, pool_size[1], strides[1], left, right, ceil_mode)
+    ragged = ceil_mode and (
+        (oh - 1) * strides[0] + pool_size[0] > height + top + bottom
+        or (ow - 1) * strides[1] + pool_size[1] > width + left + right
+    )
+    i, j, at = _pool_index(pool_size, strides, (top, left, max(bottom, ragged), right), height, width)
+
+    def f(n: Any, y: Any, x_: Any, c: Any) -> Any:
+        sy, sx, inside = at(y, x_)
+        value = x(n, sy, sx, c)
+        return te.sum(value if inside is None else tirx.if_then_else(inside, value, f32(0.0)), axis=[i, j])
+
+    sums = staged((batch, oh, ow, channels), f, "pool_sum", "reduction")
+
+    def count(y: Any, x_: Any) -> Any:
+        if divisor is not None:
+            return f32(float(divisor))
+        if not any(padding) and not ragged:
+            return f32(float(pool_size[0] * pool_size[1]))
+        spans = []
+        for at_, k, s, before, size, after in (
+            (y, pool_size[0], strides[0], top, height, bottom),
+            (x_, pool_size[1], strides[1], left, width, right),
+        ):
+            start = at_ * s - before
+            end = tirx.min(start + k, size + after)
+            if not count_include_pad:
+                start, end = tirx.max(start, 0), tirx.min(end, size)
+            spans.append(end - start)
+        return tirx.Cast("float32", spans[0] * spans[1])
+
+    return te.compute(
+        (batch, oh, ow, channels), lambda n, y, x_, c: sums(n, y, x_, c) / count(y, x_), name="avg_pool2d"
+    )
+
+
+def mean(x: te.Tensor, axes: Sequence[int], *, keepdims: bool = False) -> te.Tensor:
+    """Mean over `axes`: global average pooling over the pixels of NHWC is axes (1, 2)."""
+    shape = extents(x)
+    axes = sorted(axis % len(shape) for axis in axes)
+    kept = [axis for axis in range(len(shape)) if axis not in axes]
+    reduced = [te.reduce_axis((0, shape[axis]), f"r{axis}") for axis in axes]
+
+    def read(at: Sequence[Any]) -> Any:
+        index: list[Any] = [None] * len(shape)
+        for axis, var in zip(axes, reduced, strict=True):
+            index[axis] = var
+        for axis, var in zip(kept, at, strict=True):
+            index[axis] = var
+        return x(*index)
+
+    sums = staged([shape[axis] for axis in kept], lambda *at: te.sum(read(at), axis=reduced), "sum", "reduction")
+    count = f32(float(math.prod(shape[axis] for axis in axes)))
+    if keepdims:
+        full = [1 if axis in axes else extent for axis, extent in enumerate(shape)]
+        return te.compute(full, lambda *at: sums(*(at[axis] for axis in kept)) / count, name="mean")
+    return te.compute([shape[axis] for axis in kept], lambda *at: sums(*at) / count, name="mean")
+
+
+def softmax(x: te.Tensor) -> te.Tensor:
+    """Softmax over the last axis of [N, C]."""
+    rows, size = extents(x)
+    k, m = te.reduce_axis((0, size), "k"), te.reduce_axis((0, size), "m")
+    top = staged((rows,), lambda n: te.max(x(n, m), axis=[m]), "softmax_max", "reduction")
+    powers = te.compute((rows, size), lambda n, c: tirx.exp(x(n, c) - top(n)), name="softmax_exp")
+    total = staged((rows,), lambda n: te.sum(powers(n, k), axis=[k]), "softmax_sum", "reduction")
+    return te.compute((rows, size), lambda n, c: powers(n, c) / total(n), name="softmax")

@@ -1,0 +1,65 @@
+"""What the stages of all kernels share: their roles, which schedules recognise them by, and small helpers.
+
+Every compute takes TE tensors and attributes and returns TE tensors, so that an anchor, its elementwise epilogue and a
+packing stage compose into one PrimFunc (`te.create_prim_func`). Schedules live in `bnncc.targets.rules`; they recognise
+a stage by its block annotation `ROLE`, never by its name:
+
+    binary_conv2d        popcounts of one convolution, axes [N, OH, OW, G, OB, OL] + reduction [KH, KW, K]
+    binary_conv2d.chunk  the same over at most 31 byte steps, axes [N, OH, OW, G, OB, OL, chunks] + reduction
+    binary_conv2d.total  the sum of the chunks in a wider type
+    pack.bits            eight comparisons of a block of channels as one integer, reduction over the bit
+    pack.words           the same for 32 channels of an NCHW image, axes [N, word, tile, pixel] + reduction over bits
+    pack                 that integer narrowed to a byte
+    levels               quantized values as small integers, before their bits are packed
+    pad                  pixels around an image
+    conv2d               float products, axes [N, OH, OW, G, OB, OL] + reduction [KH, KW, CI]
+    dense                float products, axes [N, OB, OL] + reduction [K]
+    depthwise            float products, axes [N, OH, OW, C] + reduction [KH, KW]
+    permute              a transposition
+    reduction            pooling, means: any other reduction
+
+Elementwise stages have no role.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tvm import te, tirx
+
+#: Key of the block annotation that tells a schedule rule what a stage is.
+ROLE = "bnncc.role"
+#: Key of the annotation of "pack.bits" that says how many bytes a block of the layout has.
+LANES = "bnncc.lanes"
+
+#: (top, left, bottom, right)
+Padding = tuple[int, int, int, int]
+
+#: predicate → (comparison of a float with 0, whether the bit is its negation)
+COMPARE: dict[str, tuple[Callable[[Any], Any], bool]] = {
+    "not_lt": (lambda x: x < tirx.const(0.0, "float32"), True),
+    "gt": (lambda x: x > tirx.const(0.0, "float32"), False),
+    "ge": (lambda x: x >= tirx.const(0.0, "float32"), False),
+    "not_le": (lambda x: x <= tirx.const(0.0, "float32"), True),
+}
+
+
+def staged(shape: Sequence[Any], f: Callable[..., Any], name: str, role: str) -> te.Tensor:
+    """`te.compute` whose block carries its role."""
+    return te.compute(tuple(shape), f, name=name, attrs={ROLE: role})
+
+
+def extents(tensor: te.Tensor) -> tuple[int, ...]:
+    return tuple(int(extent) for extent in tensor.shape)
+
+
+def window(size: int, kernel: int, stride: int, dilation: int) -> int:
+    return (size - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def nearest(index: Any, size: int, before: int, after: int) -> Any:
+    """The index, or the edge where it lies in the padding: a maximum over a window minds no element seen twice."""
+    if before > 0:
+        index = tirx.max(index, 0)
+    return tirx.min(index, size - 1) if after > 0 else index

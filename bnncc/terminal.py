@@ -1,0 +1,93 @@
+"""How bnncc looks in a terminal: progress, tables, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bnncc.runtime.manifest import LayerEntry
+
+if TYPE_CHECKING:
+    from bnncc.inspection import Finding
+
+#: Width of tables that go into a pipe or a file: enough that none breaks.
+PIPE_WIDTH = 160
+
+
+def console() -> Console:
+    """Standard output."""
+    out = Console()
+    return out if out.is_terminal else Console(width=PIPE_WIDTH)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, if that is a terminal; yields the callback ``progress(stage, done, total)`` that moves it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    stderr = Console(stderr=True)
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task("")
+        yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
+
+
+def layer_table(layers: Sequence[LayerEntry]) -> Table:
+    """The per-layer table of a manifest: one row a layer, and a row of sums."""
+    table = Table(show_footer=True)
+    table.add_column("layer", "total", overflow="fold")
+    table.add_column("operator")
+    table.add_column("bits (act × weight)", justify="right")
+    table.add_column("MACs", f"{sum(layer['macs'] for layer in layers):,}", justify="right")
+    table.add_column("weights", readable(sum(layer["weight_bytes"] for layer in layers)), justify="right")
+    table.add_column("output", justify="right")
+    for layer in layers:
+        table.add_row(
+            layer["path"],
+            layer["op"],
+            f"{layer['activation_bits']} × {layer['weight_bits']}",
+            f"{layer['macs']:,}" if layer["macs"] else "",
+            readable(layer["weight_bytes"]) if layer["weight_bytes"] else "",
+            "×".join(map(str, layer["output_shape"])),
+        )
+    return table
+
+
+def finding_table(findings: Sequence[Finding]) -> Table:
+    """What every layer of a model becomes: one row each, and a row of sums."""
+    table = Table(show_footer=True)
+    macs = sum(finding.layer.macs for finding in findings if finding.layer)
+    weights = sum(finding.layer.weight_bytes for finding in findings if finding.layer)
+    table.add_column("layer", "total", overflow="fold")
+    table.add_column("operator", overflow="fold")
+    table.add_column("becomes")
+    table.add_column("bits (act × weight)", justify="right")
+    table.add_column("MACs", f"{macs:,}", justify="right")
+    table.add_column("weights", readable(weights), justify="right")
+    for finding in findings:
+        layer = finding.layer
+        table.add_row(
+            finding.path or "(forward)",
+            finding.operator,
+            f"{finding.becomes}: {finding.reason}" if finding.reason else finding.becomes,
+            f"{layer.activation_bits} × {layer.weight_bits}" if layer else "",
+            f"{layer.macs:,}" if layer and layer.macs else "",
+            readable(layer.weight_bytes) if layer and layer.weight_bytes else "",
+            style="red" if finding.becomes == "refused" else None,
+        )
+    return table
+
+
+def readable(size: int) -> str:
+    """A number of bytes for people: 640 B, 1.5 KiB, 20.0 MiB."""
+    if size < 1024:
+        return f"{size} B"
+    amount = size / 1024
+    for unit in ("KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} GiB"

@@ -1,0 +1,1 @@
+"""Relax → Relax, one pass a file; `pipeline.py` is the list."""

@@ -1,0 +1,361 @@
+"""Operators become kernels: an anchor, the elementwise operators behind it and the packing of its result are one.
+
+    a = bnncc.xnor_conv2d(p, W); y = scale_shift(astype(a), …); z = add(y, r)        kernel(p, W, …, r) → z, q
+    q = bnncc.pack(z)                                                          -->   (z as well, if something reads it)
+
+Last of the graph passes: what follows plans memory. TVM's FuseOps is not used, because it neither gives two outputs
+(floats and bits of the same value) nor keeps whose layer a kernel computes; the TE computes are fused as its FuseTIR
+would. A group grows from its anchor, operator by operator, as long as one value alone leaves it; it takes in a whole
+diamond (PReLU as `where(x > 0, x, w · x)`) or none of it, and never an operator that depends on the group through
+another kernel. Values that leave a group are its outputs. Declines nothing: what cannot join starts a kernel of its
+own, and an operator that nobody has a kernel for is an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import tvm
+from tvm import relax, te
+from tvm.ir import GenericConst, IRModule
+
+from bnncc.dialect.kernels import ELEMENTWISE, is_anchor, is_exact, literal, lower
+from bnncc.dialect.ops import attributes, is_call, op_name, shape_of
+from bnncc.passes.rewriter import LAYERS, ORIGINS, Rewriter, module_pass, numpy_of, operands
+from bnncc.runtime.errors import BnnccError
+
+#: Attribute of `main`: variable of a kernel call → JSON of its `op`, `layers` and `exact` (`bnncc.dialect.plan.Step`).
+STEPS = "bnncc.steps"
+
+#: Operators that only rename memory.
+ALIASES = ("reshape", "memory.view")
+
+_PACKS = ("bnncc.pack", "bnncc.pack_levels", "bnncc.threshold_pack", "bnncc.lookup_pack")
+
+# How many bindings a diamond behind an anchor may span before the search for its end is given up.
+_DIAMOND = 16
+
+
+class _Group:
+    def __init__(self, members: list[Any]):
+        self.members = members
+
+
+def returned_memory(func: relax.Function) -> set[Any]:
+    """The variables whose memory the caller provides: those that are returned, and those that these rename."""
+    definition = {b.var: b.value for block in func.body.blocks for b in block.bindings}
+    returned = set()
+    pending = operands(func.body.body)
+    while pending:
+        var = pending.pop()
+        returned.add(var)
+        value = definition.get(var)
+        if op_name(value) in ALIASES or not isinstance(value, relax.Call):
+            pending += operands(value)
+    return returned
+
+
+def renamings(memory: set[Any], definition: dict[Any, Any]) -> set[Any]:
+    """These variables and all that only rename their memory. Definitions come in program order."""
+    renamed = set(memory)
+    for var, value in definition.items():
+        if op_name(value) in ALIASES and value.args[0] in renamed:
+            renamed.add(var)
+    return renamed
+
+
+class _Form(Rewriter):
+    def __init__(self, mod: IRModule):
+        super().__init__(mod)
+        self.position = {b.var: i for i, b in enumerate(self.bindings)}
+        self.outputs = returned_memory(self.func)
+        self.group_of: dict[Any, _Group] = {}
+        # Variables whose memory is the caller's, old and new: it is aligned to its elements only.
+        self.callers_memory = renamings({*self.func.params, *self.outputs}, self.definition)
+        self.callers_values: set[Any] = set(self.func.params)
+
+    # -- grouping ------------------------------------------------------------------------------------------------
+
+    def form_groups(self) -> list[_Group]:
+        groups = []
+        for binding in self.bindings:
+            name = op_name(binding.value)
+            if binding.var in self.group_of or name is None or name in ALIASES:
+                continue
+            if not is_ours(binding.value) and not has_kernel(binding.value):
+                raise self.unsupported(binding.var, name)
+            group = _Group([binding.var])
+            self.group_of[binding.var] = group
+            if name == "permute_dims" and self.feeds_pad(binding.var):
+                self.take(group, self.users[binding.var][:1])
+            self.extend(group)
+            groups.append(group)
+        return groups
+
+    def feeds_pad(self, var: Any) -> bool:
+        """A transposition that only a pad reads is done while padding."""
+        users = self.users.get(var, [])
+        pad = self.definition[users[0]] if len(users) == self.uses[var] == 1 else None
+        return is_call(pad, "nn.pad") and is_anchor(pad)
+
+    def take(self, group: _Group, new: Iterable[Any]) -> None:
+        for var in new:
+            group.members.append(var)
+            self.group_of[var] = group
+
+    def extend(self, group: _Group) -> None:
+        tail = group.members[-1]
+        if op_name(self.definition[tail]) in _PACKS or not is_ours(self.definition[tail]):
+            return
+        while (new := self.next_region(group, tail)) is not None:
+            self.take(group, new)
+            tail = new[-1]
+        packs = [u for u in self.users.get(tail, []) if self.is_packing_of(u, tail)]
+        self.take(group, packs[:1])
+
+    def is_packing_of(self, user: Any, tail: Any) -> bool:
+        value = self.definition[user]
+        return (
+            op_name(value) in _PACKS and user not in self.group_of and value.args[0].same_as(tail)
+            and attributes(value).get("data_layout", "NHWC") == "NHWC"
+        )  # fmt: skip
+
+    def next_region(self, group: _Group, tail: Any) -> list[Any] | None:
+        """The shortest run of elementwise readers after which one new value alone leaves the group, if there is one."""
+        inside = set(group.members)
+        region: list[Any] = []
+        start = self.position[tail]
+        for binding in self.bindings[start + 1 : start + 1 + 4 * _DIAMOND]:
+            var, value = binding.var, binding.value
+            reads = operands(value)
+            if not any(v in inside for v in reads) or op_name(value) in _PACKS:
+                continue
+            if not self.joins(group, inside, var, value):
+                return None if not region else self.closed(inside, region)
+            region.append(var)
+            inside.add(var)
+            if self.is_closed(inside, var):
+                return region
+            if len(region) == _DIAMOND:
+                return None
+        return None
+
+    def closed(self, inside: set[Any], region: list[Any]) -> list[Any] | None:
+        return region if self.is_closed(inside, region[-1]) else None
+
+    def is_closed(self, inside: set[Any], last: Any) -> bool:
+        return all(
+            v.same_as(last) or (v not in self.outputs and all(u in inside for u in self.users.get(v, [])))
+            for v in inside
+        )
+
+    def joins(self, group: _Group, inside: set[Any], var: Any, value: Any) -> bool:
+        if op_name(value) not in ELEMENTWISE or var in self.group_of or shape_of(var) != shape_of(group.members[-1]):
+            return False
+        others = [v for v in operands(value) if v not in inside]
+        return not any(self.depends_on(v, group, inside) for v in others)
+
+    def depends_on(self, var: Any, group: _Group, inside: set[Any]) -> bool:
+        """Whether computing `var` needs the group, through whatever kernels there are."""
+        pending, seen = [var], set()
+        while pending:
+            current = pending.pop()
+            if current in inside:
+                return True
+            if current in seen or current not in self.definition:
+                continue
+            seen.add(current)
+            own = self.group_of.get(current)
+            for member in own.members if own else [current]:
+                seen.add(member)
+                pending += operands(self.definition[member])
+        return False
+
+    # -- emission ------------------------------------------------------------------------------------------------
+
+    def run(self) -> IRModule:
+        groups = self.form_groups()
+        self.steps: dict[str, str] = {}
+        with self.builder.function("main", list(self.func.params)):
+            with self.builder.dataflow():
+                for unit in self.ordered(groups):
+                    if isinstance(unit, _Group):
+                        self.emit_kernel(unit)
+                    else:
+                        self.made(unit, self._bind(unit, self._substituted(self.definition[unit])))
+                result = self.builder.emit_output(self.replaced(self.func.body.body))
+            self.builder.emit_func_output(result)
+        built = self.builder.get()
+        attrs = {
+            ORIGINS: {name: origin.fields() for name, origin in sorted(self.origins.items())},
+            LAYERS: self.layers,
+            STEPS: self.steps,
+        }
+        main = built["main"].with_attrs(attrs)
+        # Equal kernels are one up to here, because they carry no name of their own.
+        named = {gv: f.with_attr("global_symbol", gv.name_hint) for gv, f in built.functions_items()}
+        return IRModule({gv: main if gv.name_hint == "main" else f for gv, f in named.items()})
+
+    def ordered(self, groups: list[_Group]) -> list[Any]:
+        """Groups and lone bindings, each after what it reads, otherwise in program order."""
+        order: list[Any] = []
+        done: set[Any] = set()
+
+        def visit(var: Any) -> None:
+            pending = [(var, False)]
+            while pending:
+                current, ready = pending.pop()
+                if current in done or current not in self.definition:
+                    continue
+                group = self.group_of.get(current)
+                members = group.members if group else [current]
+                if ready:
+                    done.update(members)
+                    order.append(group if group else current)
+                    continue
+                pending.append((current, True))
+                reads = [v for m in members for v in operands(self.definition[m]) if v not in members]
+                pending += [(v, False) for v in sorted(reads, key=lambda v: -self.position.get(v, 0))]
+
+        for binding in self.bindings:
+            visit(binding.var)
+        return order
+
+    def emit_kernel(self, group: _Group) -> None:
+        if is_ours(self.definition[group.members[0]]):
+            self.emit_fused(group)
+        else:
+            self.emit_by_tvm(group)
+
+    def emit_fused(self, group: _Group) -> None:
+        inputs: list[Any] = []
+        tensors: dict[Any, Any] = {}
+        placeholders: list[te.Tensor] = []
+
+        def tensor(arg: Any, elementwise: bool) -> Any:
+            if isinstance(arg, GenericConst):
+                array = numpy_of(arg)
+                if array.ndim == 0:
+                    return literal(array)
+                if elementwise:
+                    array = _channel_vector(array)
+                return placeholder(relax.const(array, str(array.dtype)), array.shape, str(array.dtype))
+            if arg not in tensors:
+                tensors[arg] = placeholder(self.replaced(arg), shape_of(arg), str(arg.ty.dtype))
+            return tensors[arg]
+
+        def placeholder(value: Any, shape: Any, dtype: str) -> te.Tensor:
+            inputs.append(value)
+            placeholders.append(te.placeholder(shape, dtype, f"p{len(inputs)}"))
+            return placeholders[-1]
+
+        anchor = op_name(self.definition[group.members[0]])
+        for var in group.members:
+            value = self.definition[var]
+            elementwise = op_name(value) in ELEMENTWISE
+            args = [tensor(a, elementwise) for a in value.args if isinstance(a, (relax.Var, GenericConst))]
+            tensors[var] = lower(value, args)
+        results = [v for v in group.members if self.leaves(v, group)]
+        function = te.create_prim_func([*placeholders, *(tensors[v] for v in results)])
+        callers = [i for i, arg in enumerate(inputs) if arg in self.callers_values]
+        callers += [len(inputs) + i for i, v in enumerate(results) if v in self.callers_memory]
+        function = _unaligned(function, callers)
+        name = _kernel_name(group.members, self.definition)
+        kernel = self.builder.add_func(function.with_attr({"tirx.noalias": True, "bnncc.kind": anchor}), name)
+        types = [relax.TensorType(shape_of(v), str(v.ty.dtype)) for v in results]
+        call = relax.call_tir(kernel, inputs, types[0] if len(types) == 1 else types)
+        made = self.builder.emit(call, results[0].name if len(results) == 1 else f"{results[0].name}__kernel")
+        self.steps[made.name] = json.dumps(self.step(group))
+        for index, var in enumerate(results):
+            single = made if len(results) == 1 else self.builder.emit(relax.TupleGetItem(made, index), var.name)
+            self.made(var, single)
+
+    def emit_by_tvm(self, group: _Group) -> None:
+        """A kernel for an operator without a compute of ours: TVM's own, for our rules to schedule."""
+        (var,) = group.members
+        value = self._substituted(self.definition[var])
+        call = self.builder.normalize(value.op.get_attr("FLegalize")(self.builder, value))
+        if not is_call(call, "call_tir"):
+            raise self.unsupported(var, str(op_name(value)))
+        kernel, arguments = call.args[0], call.args[1].fields
+        callers = [i for i, arg in enumerate(arguments) if arg in self.callers_values]
+        callers += [len(arguments)] if var in self.callers_memory else []
+        if callers:
+            self.builder.update_func(kernel, _unaligned(self.builder.get()[kernel], callers))
+        made = self.builder.emit(call, var.name)
+        self.made(var, made)
+        self.steps[made.name] = json.dumps(self.step(group))
+
+    def made(self, old: Any, new: Any) -> None:
+        """Lets `new` stand for `old` from here on."""
+        self._new[old] = new
+        if old in self.callers_memory:
+            self.callers_values.add(new)
+
+    def leaves(self, var: Any, group: _Group) -> bool:
+        return var in self.outputs or any(u not in group.members for u in self.users.get(var, []))
+
+    def step(self, group: _Group) -> dict[str, Any]:
+        calls = [self.definition[v] for v in group.members]
+        paths = [o.path for v in group.members if (o := self.origin(v)) and o.path]
+        ops = [str(op_name(c)).split(".")[-1] for c in calls]
+        return {"op": "+".join(ops), "layers": list(dict.fromkeys(paths)), "exact": all(is_exact(c) for c in calls)}
+
+    def unsupported(self, var: Any, name: str) -> BnnccError:
+        origin = self.origin(var)
+        where = f"module '{origin.path}'" if origin and origin.path else "the model itself"
+        return BnnccError(
+            f"cannot compile {name} of {where} (node {var.name}): there is no kernel for it; supported are "
+            "convolutions, linear layers, pooling, normalisation and elementwise operators: replace it, or keep it "
+            "outside the network"
+        )
+
+
+def is_ours(call: Any) -> bool:
+    """Whether the dialect has a compute for the call."""
+    return is_anchor(call) or op_name(call) in ELEMENTWISE
+
+
+def has_kernel(call: relax.Call) -> bool:
+    """Whether TVM knows how to compute the operator."""
+    return call.op.has_attr("FLegalize")
+
+
+def _unaligned(function: Any, positions: list[int]) -> Any:
+    """The function with buffers that may lie anywhere at these positions of its parameters.
+
+    TVM assumes 64 bytes and offers no way to change a buffer of a TE function but its text.
+    """
+    return _declared_unaligned(function.script(), tuple(positions)) if positions else function
+
+
+@functools.lru_cache(maxsize=256)  # parsing costs as much as compiling, and equal kernels are frequent
+def _declared_unaligned(script: str, positions: tuple[int, ...]) -> Any:
+    head, signature, body = script.partition(next(x for x in script.splitlines() if "def " in x))
+    seen = itertools.count()
+    declared = re.sub(
+        r'(T\.Buffer\([^"]*"\w+")(\))',
+        lambda m: m[1] + (", align=4" if next(seen) in positions else "") + m[2],
+        signature,
+    )
+    return tvm.script.from_source(head + declared + body)
+
+
+def _channel_vector(array: np.ndarray) -> np.ndarray:
+    """[1, …, 1, C] as [C]; other shapes as they are."""
+    lone = array.ndim > 1 and array.size == array.shape[-1]
+    return np.ascontiguousarray(array.reshape(-1) if lone else array)
+
+
+def _kernel_name(members: list[Any], definition: dict[Any, Any]) -> str:
+    ops = [str(op_name(definition[v])).split(".")[-1] for v in members]
+    return "fused_" + "_".join(dict.fromkeys(ops))[:80]
+
+
+FormKernels = module_pass(lambda mod: _Form(mod).run(), "FormKernels")

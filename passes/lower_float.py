@@ -1,0 +1,105 @@
+"""Float convolutions and dense layers take padded inputs and weights laid out for the register tile.
+
+    y = nn.conv2d(x, W, padding, data_layout="NHWC")   -->   p = nn.pad(x, …)
+                                                             y = bnncc.conv2d(p, W'[G, OB, KH, KW, I, OL])
+    y = matmul(x, W)                                   -->   y = bnncc.dense(x, W'[OB, K, OL])
+
+After `ToNHWC`. Weights of ±1 (times a scale per channel), whose layer stays float because its input is no sign, are
+stored as bits and unpacked once per instance (`bnncc.unpack_weights`). Declines weights that are no constants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+from tvm import relax
+from tvm.relax import op as R
+
+from bnncc.dialect.ops import attributes, call, is_call, shape_of
+from bnncc.dialect.plan import Layer
+from bnncc.passes.fuse_binary_conv import binary_weight
+from bnncc.passes.rewriter import Rewriter, is_const, module_pass, numpy_of
+
+
+class _Lower(Rewriter):
+    def __init__(self, mod: Any, target: Any):
+        super().__init__(mod)
+        self.target = target
+
+    def rewrite(self, var: Any, value: Any) -> Any | None:
+        if is_call(value, "nn.conv2d") and is_const(value.args[1]) and attributes(value)["data_layout"] == "NHWC":
+            return self.conv(var, value)
+        if is_call(value, "matmul") and is_const(value.args[1]) and len(shape_of(value.args[0])) == 2:
+            return self.dense(var, value)
+        return None
+
+    def conv(self, var: Any, value: relax.Call) -> Any:
+        a = attributes(value)
+        weight = numpy_of(value.args[1])
+        out, per_group, kh, kw = weight.shape
+        x = self.padded(var, value.args[0], a["padding"])
+        common = {
+            "out_channels": out, "kernel_size": (kh, kw), "strides": a["strides"], "dilation": a["dilation"],
+        }  # fmt: skip
+        if per_group == 1 and out == a["groups"]:
+            self.add_layer(var, "depthwise conv2d", weight, weight.nbytes, 32)
+            depthwise = np.ascontiguousarray(weight[:, 0].transpose(1, 2, 0))
+            return call("depthwise_conv2d", [x, relax.const(depthwise)], **common)
+        return call("conv2d", [x, self.packed(var, weight, a["groups"], "conv2d")], **common)
+
+    def dense(self, var: Any, value: relax.Call) -> Any:
+        weight = np.ascontiguousarray(numpy_of(value.args[1]).T)[:, :, None, None]
+        return call("dense", [value.args[0], self.packed(var, weight, 1, "linear")], out_channels=weight.shape[0])
+
+    def packed(self, var: Any, weight: np.ndarray, groups: int, op: str) -> Any:
+        """The weights [O, I/groups, KH, KW] as [G, OB, KH, KW, I, OL], or for a linear layer [OB, K, OL]."""
+        lanes = self.target.conv_lanes(weight.shape[0] // groups)
+        split = binary_weight(weight)
+        if split is None or not split[0].all():
+            tiled = tile_weight(weight, groups, lanes)
+            self.add_layer(var, op, weight, tiled.nbytes, 32)
+            return relax.const(np.ascontiguousarray(tiled[0, :, 0, 0]) if op == "linear" else tiled)
+        signs, scale = split
+        tiled = tile_weight(signs, groups, lanes)
+        bits = np.packbits(tiled > 0, axis=-1, bitorder="little")
+        alpha = np.ones(weight.shape[0], "float32") if scale is None else scale
+        alpha = np.ascontiguousarray(tile_weight(alpha.reshape(-1, 1, 1, 1), groups, lanes)[:, :, 0, 0, 0])
+        self.add_layer(var, f"weight-only binary {op}", weight, bits.nbytes, 1)
+        unpack = call("unpack_weights", [relax.const(bits), relax.const(alpha)], shape=tiled.shape)
+        unpacked = self.emit(unpack, f"{var.name}__weight")
+        if op == "linear":
+            return self.emit(R.reshape(unpacked, (tiled.shape[1], *tiled.shape[4:])), f"{var.name}__matrix")
+        return unpacked
+
+    def padded(self, var: Any, x: Any, padding: Any) -> Any:
+        if not any(padding):
+            return x
+        top, left, bottom, right = padding
+        return self.emit(R.nn.pad(x, [0, 0, top, bottom, left, right, 0, 0]), f"{var.name}__padded")
+
+    def add_layer(self, var: Any, op: str, weight: np.ndarray, weight_bytes: int, weight_bits: int) -> None:
+        shape = shape_of(var)
+        nchw = (shape[0], shape[3], shape[1], shape[2]) if len(shape) == 4 else shape
+        pixels = int(np.prod(shape)) // weight.shape[0]
+        path = origin.path if (origin := self.origin(var)) else ""
+        row = Layer(path, op, nchw, 32, weight_bits, pixels * weight.size, weight_bytes)
+        self.layers.append(json.dumps(dataclasses.asdict(row)))
+
+
+def tile_weight(weight: np.ndarray, groups: int, lanes: int) -> np.ndarray:
+    """[O, I/groups, KH, KW] as [G, OB, KH, KW, I, OL], each group's outputs filled up with zeros."""
+    out, depth, kh, kw = weight.shape
+    per_group = out // groups
+    blocks = -(-per_group // lanes)
+    filled = np.zeros((groups, blocks * lanes, depth, kh, kw), weight.dtype)
+    filled[:, :per_group] = weight.reshape(groups, per_group, depth, kh, kw)
+    tiled = filled.reshape(groups, blocks, lanes, depth, kh, kw).transpose(0, 1, 4, 5, 3, 2)
+    return np.ascontiguousarray(tiled)
+
+
+def LowerFloat(target: Any) -> Any:
+    """The pass for a target: its float vector decides the register tile."""
+    return module_pass(lambda mod: _Lower(mod, target).run(), "LowerFloat")

@@ -1,0 +1,95 @@
+"""The bit convention, and nothing else: which bit is +1, where a channel's bit lies, what padding bits hold.
+
+A packed tensor keeps the pixel axes of an NHWC tensor and replaces its channel axis by words:
+
+* bit 1 means the value +1, bit 0 the value −1; a product of K terms is ``K − 2·popcount(a xor w)``.
+* Each group's channels are padded to a whole number of words. Padding bits are 0 in both operands, so that they cancel.
+* Inside a group, channels lie in blocks of ``8·lanes``: channel ``block·8·lanes + v·lanes + l`` is bit ``v`` (0 is the
+  least significant) of byte ``block·lanes + l``. So eight vectors of ``lanes`` comparisons pack into one of bytes
+  without any horizontal operation; activations and weights share the permutation, which therefore never shows.
+* Words are those bytes read little-endian.
+* Ternary values (−1, 0, +1) are two planes of words: the sign plane (1 means > 0), then the non-zero plane.
+
+This file is part of the artifact's format: the compiler packs weights with it, the parity check eager's values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+WORD_BITS = (8, 32, 64)
+
+
+@dataclass(frozen=True)
+class BitLayout:
+    """How the channel axis of one packed tensor is laid out.
+
+    channels: the true number of channels, all groups together; a multiple of `groups`.
+    word_bits: 8, 32 or 64. lanes: bytes per block, a power of two.
+    """
+
+    channels: int
+    groups: int
+    word_bits: int
+    lanes: int
+
+    @classmethod
+    def for_target(cls, channels: int, groups: int, word_bits: int, max_lanes: int) -> BitLayout:
+        """The layout with the most lanes (at most `max_lanes`) whose blocks fill a group exactly."""
+        group_bytes = -(-(channels // groups) // word_bits) * word_bits // 8
+        lanes = max_lanes
+        while group_bytes % lanes:
+            lanes //= 2
+        return cls(channels, groups, word_bits, lanes)
+
+    @property
+    def group_channels(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of one group of one pixel, padding included."""
+        return -(-self.group_channels // self.word_bits) * self.word_bits // 8
+
+    @property
+    def group_words(self) -> int:
+        return self.group_bytes * 8 // self.word_bits
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one pixel."""
+        return self.groups * self.group_bytes
+
+    @property
+    def words(self) -> int:
+        return self.groups * self.group_words
+
+    @property
+    def word_dtype(self) -> str:
+        return f"uint{self.word_bits}"
+
+    def pack(self, bits: np.ndarray) -> np.ndarray:
+        """Packs booleans [..., channels] into words [..., words] of `word_dtype`."""
+        pixels = bits.shape[:-1]
+        padded = np.zeros((*pixels, self.groups, self.group_bytes * 8), np.uint8)
+        padded[..., : self.group_channels] = bits.reshape(*pixels, self.groups, self.group_channels)
+        blocks = padded.reshape(*pixels, self.bytes // self.lanes, 8, self.lanes)
+        packed = np.packbits(blocks, axis=-2, bitorder="little")
+        return packed.reshape(*pixels, self.bytes).view(self.word_dtype)
+
+    def unpack(self, words: np.ndarray) -> np.ndarray:
+        """Unpacks words [..., words] into booleans [..., channels]."""
+        pixels = words.shape[:-1]
+        packed = np.ascontiguousarray(words).view(np.uint8).reshape(*pixels, self.bytes // self.lanes, 1, self.lanes)
+        bits = np.unpackbits(packed, axis=-2, bitorder="little").reshape(*pixels, self.groups, -1)
+        return bits[..., : self.group_channels].reshape(*pixels, self.channels).astype(bool)
+
+    def constant_bytes(self, bit: int) -> np.ndarray:
+        """One pixel, uint8 [bytes], whose true channels all hold `bit`."""
+        return self.pack(np.full(self.channels, bool(bit))).view(np.uint8)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,124 @@
+/* The command line of the static runner executable. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "npy.h"
+#include "serve.h"
+
+static const char usage[] =
+    "usage: %s --input a.npy [--input b.npy ...] --output y.npy [--output z.npy ...] [--threads T] [--bench N]\n"
+    "       %s --bench N [--threads T]     times N runs; inputs that are not given are zero\n"
+    "       %s --manifest                  prints the manifest (JSON)\n"
+    "       %s --serve                     answers requests on standard input (serve.h)\n"
+    "Inputs and outputs are .npy files in the model's order:\n";
+
+static int complain(const char *program) {
+  fprintf(stderr, "%s: %s\n", program, bnncc_error());
+  return 1;
+}
+
+static void print_tensor(const char *role, int32_t id) {
+  const ModelTensor *tensor = &bnncc_model.tensors[id];
+  printf("  %s %s %s (", role, tensor->name, tensor->dtype);
+  for (int32_t i = 0; i < tensor->ndim; i++) printf("%s%lld", i ? ", " : "", (long long)tensor->shape[i]);
+  printf("%s)\n", tensor->ndim == 1 ? "," : "");
+}
+
+static void print_help(const char *program) {
+  printf(usage, program, program, program, program);
+  for (int32_t i = 0; i < bnncc_model.input_count; i++) print_tensor("input ", bnncc_model.inputs[i]);
+  for (int32_t i = 0; i < bnncc_model.output_count; i++) print_tensor("output", bnncc_model.outputs[i]);
+}
+
+static int compare(const void *a, const void *b) {
+  double x = *(const double *)a, y = *(const double *)b;
+  return (x > y) - (x < y);
+}
+
+static int bench(Instance *instance, int count) {
+  double *seconds = malloc((size_t)count * sizeof *seconds), sum = 0;
+  if (!seconds) return bnncc_fail("out of memory for %d times", count);
+  if (timed_run(instance) < 0) return -1; /* warms up: the first run starts threads */
+  for (int i = 0; i < count; i++) {
+    if ((seconds[i] = timed_run(instance)) < 0) return -1;
+    sum += seconds[i];
+  }
+  qsort(seconds, (size_t)count, sizeof *seconds, compare);
+  printf("%d runs: min %.4f ms, median %.4f ms, mean %.4f ms\n", count, 1e3 * seconds[0], 1e3 * seconds[count / 2],
+         1e3 * sum / count);
+  free(seconds);
+  return 0;
+}
+
+/* A whole number from 1 (or `least`) up, or -1 with bnncc_error set. */
+static int number(const char *option, const char *text, int least) {
+  char *end;
+  long value = strtol(text, &end, 10);
+  if (*text && !*end && value >= least && value <= 1000000000) return (int)value;
+  return bnncc_fail("%s wants a whole number from %d up, not '%s'", option, least, text);
+}
+
+typedef struct {
+  const char **inputs, **outputs; /* paths */
+  int input_count, output_count, count, threads, serve;
+} Options;
+
+static int parse(int argc, char **argv, Options *options) {
+  for (int i = 1; i < argc; i++) {
+    const char *option = argv[i];
+    if (!strcmp(option, "--serve")) {
+      options->serve = 1;
+      continue;
+    }
+    if (strcmp(option, "--input") && strcmp(option, "--output") && strcmp(option, "--bench") &&
+        strcmp(option, "--threads"))
+      return bnncc_fail("unknown option '%s'; see --help", option);
+    if (++i == argc) return bnncc_fail("%s wants a value", option);
+    if (!strcmp(option, "--input")) options->inputs[options->input_count++] = argv[i];
+    if (!strcmp(option, "--output")) options->outputs[options->output_count++] = argv[i];
+    if (!strcmp(option, "--bench") && (options->count = number(option, argv[i], 1)) < 0) return -1;
+    if (!strcmp(option, "--threads") && (options->threads = number(option, argv[i], 0)) < 0) return -1;
+  }
+  if (options->serve) return 0;
+  if (options->input_count != bnncc_model.input_count && (options->input_count || !options->count))
+    return bnncc_fail("the model has %d inputs, %d given; see --help", (int)bnncc_model.input_count,
+                      options->input_count);
+  if (options->output_count > bnncc_model.output_count)
+    return bnncc_fail("the model has %d outputs, %d given", (int)bnncc_model.output_count, options->output_count);
+  return 0;
+}
+
+static int run(Instance *instance, const Options *options) {
+  const Model *model = &bnncc_model;
+  if (bnncc_set_threads(instance, options->threads)) return -1;
+  if (options->serve) return serve(instance);
+  for (int32_t i = 0; i < model->input_count; i++) {
+    const ModelTensor *tensor = &model->tensors[model->inputs[i]];
+    void *home = bnncc_tensor_data(instance, model->inputs[i]);
+    memset(home, 0, tensor->bytes);
+    if (i < options->input_count && npy_read(options->inputs[i], tensor, home)) return -1;
+  }
+  if (bnncc_run_steps(instance, 0, model->step_count)) return -1;
+  for (int32_t i = 0; i < options->output_count; i++)
+    if (npy_write(options->outputs[i], &model->tensors[model->outputs[i]],
+                  bnncc_tensor_data(instance, model->outputs[i])))
+      return -1;
+  return options->count ? bench(instance, options->count) : 0;
+}
+
+int main(int argc, char **argv) {
+  for (int i = 1; i < argc; i++) {
+    if (!strcmp(argv[i], "--help") || !strcmp(argv[i], "-h")) return print_help(argv[0]), 0;
+    if (!strcmp(argv[i], "--manifest")) return puts(bnncc_model.manifest), 0;
+  }
+  const char *inputs[argc], *outputs[argc];
+  Options options = {.inputs = inputs, .outputs = outputs};
+  if (argc == 1) return print_help(argv[0]), 2;
+  if (parse(argc, argv, &options)) return complain(argv[0]), 2;
+  Instance *instance = bnncc_create(&bnncc_model);
+  int failed = !instance || run(instance, &options);
+  if (failed) complain(argv[0]);
+  bnncc_destroy(instance);
+  return failed;
+}

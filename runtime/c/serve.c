@@ -1,0 +1,93 @@
+#define _POSIX_C_SOURCE 200809L
+#include "serve.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the protocol and .npy files are written as the machine holds them, which must be little-endian"
+#endif
+
+typedef struct {
+  uint32_t operation, first, count, bytes;
+} Request;
+
+double timed_run(Instance *instance) {
+  struct timespec start, end;
+  clock_gettime(CLOCK_MONOTONIC, &start);
+  if (bnncc_run_steps(instance, 0, bnncc_model.step_count)) return -1;
+  clock_gettime(CLOCK_MONOTONIC, &end);
+  return (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec);
+}
+
+/* 0, or -1 when the other side is gone. */
+static int reply(int failed, const void *data, size_t bytes) {
+  uint32_t head[2] = {failed != 0, (uint32_t)bytes};
+  return fwrite(head, sizeof head, 1, stdout) == 1 && (!bytes || fwrite(data, bytes, 1, stdout) == 1) &&
+                 !fflush(stdout)
+             ? 0
+             : -1;
+}
+
+static int reply_status(int failed) {
+  return failed ? reply(1, bnncc_error(), strlen(bnncc_error())) : reply(0, NULL, 0);
+}
+
+static int write_tensor(Instance *instance, const Request *request) {
+  void *data = bnncc_tensor_data(instance, (int32_t)request->first);
+  const ModelTensor *tensor = data ? &bnncc_model.tensors[request->first] : NULL;
+  if (tensor && tensor->space == SPACE_WEIGHTS) {
+    bnncc_fail("tensor %d ('%s') is a constant", (int)request->first, tensor->name);
+    tensor = NULL;
+  } else if (tensor && request->bytes != tensor->bytes) {
+    bnncc_fail("tensor %d ('%s') takes %zu bytes, %u were sent", (int)request->first, tensor->name, tensor->bytes,
+               (unsigned)request->bytes);
+    tensor = NULL;
+  }
+  if (tensor) return fread(data, tensor->bytes, 1, stdin) == 1 || !tensor->bytes ? reply_status(0) : -1;
+  for (uint32_t i = 0; i < request->bytes; i++) /* the conversation goes on after what was refused */
+    if (getchar() == EOF) return -1;
+  return reply_status(1);
+}
+
+static int bench(Instance *instance, uint32_t count) {
+  double *seconds = calloc(count ? count : 1, sizeof *seconds);
+  int failed = !seconds;
+  if (failed) bnncc_fail("out of memory for %u times", (unsigned)count);
+  for (uint32_t i = 0; i < count && !failed; i++) failed = (seconds[i] = timed_run(instance)) < 0;
+  int gone = failed ? reply_status(1) : reply(0, seconds, count * sizeof *seconds);
+  free(seconds);
+  return gone;
+}
+
+static int answer(Instance *instance, const Request *request) {
+  const void *data;
+  switch (request->operation) {
+    case SERVE_QUIT:
+      reply(0, NULL, 0);
+      return -1;
+    case SERVE_MANIFEST:
+      return reply(0, bnncc_model.manifest, strlen(bnncc_model.manifest));
+    case SERVE_WRITE:
+      return write_tensor(instance, request);
+    case SERVE_READ:
+      data = bnncc_tensor_data(instance, (int32_t)request->first);
+      return data ? reply(0, data, bnncc_model.tensors[request->first].bytes) : reply_status(1);
+    case SERVE_RUN_STEPS:
+      return reply_status(bnncc_run_steps(instance, (int32_t)request->first, (int32_t)request->count));
+    case SERVE_BENCH:
+      return bench(instance, request->count);
+    case SERVE_THREADS:
+      return reply_status(bnncc_set_threads(instance, (int32_t)request->first));
+    default:
+      return reply_status(bnncc_fail("no operation %u", (unsigned)request->operation));
+  }
+}
+
+int serve(Instance *instance) {
+  Request request;
+  while (fread(&request, sizeof request, 1, stdin) == 1 && !answer(instance, &request)) continue;
+  return 0;
+}

@@ -1,0 +1,107 @@
+"""The manifest: the JSON inside every artifact that says what it is, for which machine, and what each step does.
+
+It is plain data (`json.loads` of an ELF section that `container.py` finds without executing anything), so it is handed
+out as dictionaries; the classes below are its schema. Readers ignore keys they do not know, so a new key needs no new
+format number; a changed meaning does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypedDict
+
+import numpy as np
+
+FORMAT = 1
+"""Version of the manifest and of the C interface. An artifact of another version is refused."""
+
+
+class TargetEntry(TypedDict):
+    """arch: "x86_64", "aarch64" or "arm". cpu: LLVM's name. features: words of /proc/cpuinfo that must be there."""
+
+    name: str
+    arch: str
+    cpu: str
+    features: list[str]
+
+
+class PortEntry(TypedDict):
+    """An input or output of the model, in the order of its signature. tensor: its id."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    tensor: int
+
+
+class ValueEntry(TypedDict):
+    """See `bnncc.dialect.plan.Value`."""
+
+    node: str
+    order: list[int] | None
+    bits: dict[str, Any] | None
+    step: float | None
+
+
+class TensorEntry(TypedDict):
+    """See `bnncc.dialect.plan.Tensor`. id is also the position in the list; offset counts bytes in the space."""
+
+    id: int
+    name: str
+    shape: list[int]
+    dtype: str
+    space: str
+    offset: int
+    value: ValueEntry | None
+
+
+class StepEntry(TypedDict):
+    """One kernel call. args: tensor ids, the last `outputs` of them written. exact: must be bit-equal to eager."""
+
+    kernel: str
+    op: str
+    args: list[int]
+    outputs: int
+    layers: list[str]
+    exact: bool
+
+
+class LayerEntry(TypedDict):
+    """A row of the per-layer table, see `bnncc.dialect.plan.Layer`."""
+
+    path: str
+    op: str
+    output_shape: list[int]
+    activation_bits: int
+    weight_bits: int
+    macs: int
+    weight_bytes: int
+
+
+class Manifest(TypedDict):
+    """The whole. prefix: of the C functions' names. io_alignment: callers' buffers so aligned are used in place.
+
+    What the compiler adds on its own account (options, opt-ins such as fast-math) stands beside these keys.
+    """
+
+    format: int
+    bnncc: str
+    name: str
+    prefix: str
+    target: TargetEntry
+    inputs: list[PortEntry]
+    outputs: list[PortEntry]
+    layers: list[LayerEntry]
+    tensors: list[TensorEntry]
+    init: list[StepEntry]
+    steps: list[StepEntry]
+    io_alignment: int
+    arena_bytes: int
+    persistent_bytes: int
+    weights_bytes: int
+    weights_sha256: str
+
+
+def tensor_bytes(shape: list[int] | tuple[int, ...], dtype: str) -> int:
+    """Bytes that a contiguous array of this shape and dtype takes."""
+    return math.prod(shape) * np.dtype(dtype).itemsize

@@ -1,0 +1,233 @@
+"""Target descriptors: what the passes and the schedule rules need to know about a machine.
+
+A target is a frozen dataclass; nothing outside this package asks for one by name. `get_target` finds it: one of the
+registered names, `native` (this machine), or the name of an x86-64 or AArch64 processor as LLVM spells it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import platform
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bnncc.runtime.errors import BnnccError
+
+#: What the x86-64 psABI levels ask for, in the spelling of /proc/cpuinfo.
+_V2 = ("cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2")
+_V3 = (*_V2, "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave")
+_V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+
+#: LLVM's spelling → that of /proc/cpuinfo, for the x86 features that generated code may come to need.
+_CPUINFO = {
+    "sse3": "pni", "ssse3": "ssse3", "sse4.1": "sse4_1", "sse4.2": "sse4_2", "popcnt": "popcnt", "cx16": "cx16",
+    "sahf": "lahf_lm", "avx": "avx", "avx2": "avx2", "fma": "fma", "f16c": "f16c", "bmi": "bmi1", "bmi2": "bmi2",
+    "lzcnt": "abm", "movbe": "movbe", "xsave": "xsave", "avx512f": "avx512f", "avx512bw": "avx512bw",
+    "avx512cd": "avx512cd", "avx512dq": "avx512dq", "avx512vl": "avx512vl", "avx512vbmi": "avx512vbmi",
+    "avx512vbmi2": "avx512_vbmi2", "avx512bitalg": "avx512_bitalg", "avx512vpopcntdq": "avx512_vpopcntdq",
+    "avx512vnni": "avx512_vnni", "avx512ifma": "avx512ifma", "gfni": "gfni",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """One machine to compile for.
+
+    features: what the processor must have at run time, as /proc/cpuinfo spells it.
+    vector_bits, registers: of the vector unit that schedules fill.
+    word_bits: word that binary kernels read, and to a multiple of which a group's channels are padded.
+    max_lanes: bound of the lanes of a `BitLayout`.
+    float_lanes: float32 values in a vector.
+    popcount: how a binary product counts, see `bnncc.targets.rules.binary_conv`:
+        "vector" (one instruction), "table" (LLVM's lookup by byte shuffles), "scalar" (POPCNT of single words),
+        "bytes" (accumulators of a byte).
+    zig, zig_static: the linker's triples for a shared library and for a static executable.
+    """
+
+    name: str
+    arch: str
+    cpu: str
+    triple: str
+    zig: str
+    zig_static: str
+    features: tuple[str, ...]
+    vector_bits: int
+    registers: int
+    word_bits: int
+    popcount: str
+    max_lanes: int = 16
+    llvm_features: tuple[str, ...] = ()
+    description: str = ""
+
+    @property
+    def float_lanes(self) -> int:
+        return self.vector_bits // 32
+
+    @property
+    def word_lanes(self) -> int:
+        """Words in a vector."""
+        return self.vector_bits // self.word_bits
+
+    def binary_lanes(self, group_out: int) -> int:
+        """Output channels that lie beside each other in the weights of a binary convolution (OL)."""
+        return _lanes(self.word_lanes, group_out)
+
+    def conv_lanes(self, group_out: int) -> int:
+        """The same for a float convolution or dense layer."""
+        return _lanes(self.float_lanes, group_out)
+
+    def tvm(self) -> dict[str, Any]:
+        """What `tvm.target.Target` is made from."""
+        config: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu}
+        if self.llvm_features:
+            config["mattr"] = list(self.llvm_features)
+        return config
+
+
+def _lanes(most: int, channels: int) -> int:
+    """A full vector, or less where few channels would leave more than half of it empty."""
+    while most > 1 and most // 2 >= channels:
+        most //= 2
+    return most
+
+
+def _x86(name: str, cpu: str, features: tuple[str, ...], description: str) -> TargetSpec:
+    wide = "avx512bw" in features and "avx512vl" in features
+    counts = wide and "avx512_vpopcntdq" in features
+    return TargetSpec(
+        name=name,
+        arch="x86_64",
+        cpu=cpu,
+        triple="x86_64-linux-gnu",
+        zig="x86_64-linux-gnu.2.28",
+        zig_static="x86_64-linux-musl",
+        features=features,
+        vector_bits=512 if wide else 256 if "avx2" in features else 128,
+        registers=32 if wide else 16,
+        word_bits=32 if counts else 64,
+        # On 128 bits a table takes ten instructions for two words, POPCNT four to a word.
+        popcount="vector" if counts else "table" if "avx2" in features else "scalar",
+        # LLVM halves its vectors on some processors although full ones serve these kernels better.
+        llvm_features=("-prefer-256-bit",) if wide else (),
+        description=description,
+    )
+
+
+def _aarch64(name: str, cpu: str, description: str) -> TargetSpec:
+    return TargetSpec(
+        name=name,
+        arch="aarch64",
+        cpu=cpu,
+        triple="aarch64-linux-gnu",
+        zig="aarch64-linux-gnu.2.28",
+        zig_static="aarch64-linux-musl",
+        features=("fp", "asimd"),
+        vector_bits=128,
+        registers=32,
+        word_bits=8,
+        popcount="bytes",
+        llvm_features=("+neon",),
+        description=description,
+    )
+
+
+_REGISTERED = {
+    t.name: t
+    for t in (
+        _x86("x86-64-v2", "x86-64-v2", _V2, "any x86-64 since about 2009 (SSE4.2, POPCNT)"),
+        _x86("x86-64-v3", "x86-64-v3", _V3, "x86-64 with AVX2 and FMA (Haswell, Zen and later)"),
+        _x86("x86-64-v4", "x86-64-v4", _V4, "x86-64 with AVX-512 (Skylake-X, Zen 4 and later)"),
+        _aarch64("rpi4", "cortex-a72", "Raspberry Pi 4, 64-bit system (Cortex-A72)"),
+        _aarch64("aarch64", "generic", "any 64-bit ARM"),
+    )
+}
+
+
+def target_names() -> tuple[str, ...]:
+    """The names to show a user; processor names are accepted besides."""
+    return ("native", *_REGISTERED)
+
+
+def all_targets() -> tuple[TargetSpec, ...]:
+    """The registered targets, without `native`."""
+    return tuple(_REGISTERED.values())
+
+
+def get_target(name: str | TargetSpec) -> TargetSpec:
+    """The target of that name. Raises BnnccError, with the nearest names, for any other."""
+    if isinstance(name, TargetSpec):
+        return name
+    if name == "native":
+        return native()
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    spec = _by_cpu(name)
+    if spec is not None:
+        return spec
+    near = difflib.get_close_matches(name, [*target_names(), *_cpu_names("x86_64-linux-gnu")], n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise BnnccError(
+        f"unknown target {name!r}: {hint}Targets are {', '.join(target_names())}, or a processor name such as znver4"
+    )
+
+
+@functools.cache
+def native() -> TargetSpec:
+    """This machine."""
+    from tvm.target import codegen
+
+    machine = platform.machine().lower()
+    cpu = codegen.llvm_get_system_cpu()
+    if machine in ("x86_64", "amd64"):
+        # A hypervisor may hide features that the processor's name promises, so the kernel's list is asked as well.
+        present = _cpuinfo_features()
+        promised = _llvm_features("x86_64-linux-gnu", cpu)
+        hidden = tuple(f"-{llvm}" for llvm in sorted(promised & _CPUINFO.keys()) if _CPUINFO[llvm] not in present)
+        features = _x86_features({f for f in promised if _CPUINFO.get(f) in present})
+        spec = _x86("native", cpu, features, f"this machine ({cpu})")
+        return replace(spec, llvm_features=(*spec.llvm_features, *hidden))
+    if machine in ("aarch64", "arm64"):
+        return replace(_aarch64("native", cpu, f"this machine ({cpu})"))
+    raise BnnccError(f"no native target for a {machine} machine: name one of {', '.join(_REGISTERED)}")
+
+
+@functools.cache
+def _by_cpu(name: str) -> TargetSpec | None:
+    if name in _cpu_names("x86_64-linux-gnu"):
+        features = _llvm_features("x86_64-linux-gnu", name)
+        if "64bit" in features and "sse4.2" in features:
+            return _x86(name, name, _x86_features(features), f"x86-64 processor {name}")
+    elif name in _cpu_names("aarch64-linux-gnu"):
+        return _aarch64(name, name, f"64-bit ARM processor {name}")
+    return None
+
+
+@functools.cache
+def _cpu_names(triple: str) -> tuple[str, ...]:
+    from tvm.target import Target, codegen
+
+    return tuple(str(n) for n in codegen.llvm_get_cpu_archlist(Target({"kind": "llvm", "mtriple": triple})))
+
+
+def _llvm_features(triple: str, cpu: str) -> set[str]:
+    from tvm.target import Target, codegen
+
+    found = codegen.llvm_get_cpu_features(Target({"kind": "llvm", "mtriple": triple, "mcpu": cpu}))
+    return {str(f) for f in found}
+
+
+def _x86_features(llvm: set[str]) -> tuple[str, ...]:
+    return tuple(cpuinfo for name, cpuinfo in _CPUINFO.items() if name in llvm)
+
+
+def _cpuinfo_features() -> frozenset[str]:
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as f:
+            for line in f:
+                key, _, value = line.partition(":")
+                if key.strip() == "flags":
+                    return frozenset(value.split())
+    except OSError:
+        pass
+    return frozenset()

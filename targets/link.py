@@ -1,0 +1,244 @@
+"""Links kernels, weights and the C driver into an artifact, for any target from any host, with the pip package ziglang.
+
+Zig brings the C libraries of all targets. What it builds of them lands in its cache: the first artifact of an
+architecture takes some seconds more, the first runner (a static executable, so all of musl) half a minute or more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from bnncc import __version__, runtime
+from bnncc.dialect.plan import Plan
+from bnncc.runtime.container import seal, write_whole
+from bnncc.runtime.errors import LinkError
+from bnncc.runtime.manifest import FORMAT, Manifest, tensor_bytes
+from bnncc.targets.elf import Elf
+from bnncc.targets.modelc import MANIFEST_SECTION, model_c, model_h, symbol_prefix, version_script
+
+_DRIVER = ("driver.c", "pool.c", "cpu.c")
+_RUNNER = ("runner.c", "serve.c", "npy.c")
+# No CPU is named: the driver runs on any of the architecture, so that it can say which feature is missing, and Zig
+# builds its C library once for all CPUs.
+_FLAGS = ("-std=gnu11", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-sanitize=undefined")
+
+# What of TVM's runtime an object may refer to: the driver defines these.
+_PROVIDED = {
+    "TVMFFIErrorSetRaisedFromCStr",
+    "TVMFFIErrorSetRaisedFromCStrParts",
+    "__TVMBackendAllocWorkspace",
+    "__TVMBackendFreeWorkspace",
+    "__TVMBackendParallelLaunch",
+}
+
+
+class LinkTarget(Protocol):
+    """What linking reads of a target descriptor.
+
+    features: words of /proc/cpuinfo. zig, zig_static: Zig's names of the systems of the library and of the runner.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def arch(self) -> str: ...
+    @property
+    def cpu(self) -> str: ...
+    @property
+    def zig(self) -> str: ...
+    @property
+    def zig_static(self) -> str: ...
+    @property
+    def features(self) -> Sequence[str]: ...
+
+
+def link(
+    plan: Plan,
+    objects: Sequence[bytes],
+    target: LinkTarget,
+    out: Path,
+    *,
+    header: Path | None = None,
+    runner: Path | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    io_alignment: int = 64,
+) -> None:
+    """Writes the artifact, and on request its C header and its runner; each file appears whole or not at all.
+
+    objects: object files that together define `__tvm_ffi_<kernel>` for every step of the plan.
+    manifest: entries to stand in the manifest beside those of `bnncc.runtime.manifest.Manifest`.
+    io_alignment: in bytes, what the kernels assume of inputs and outputs; callers' arrays so aligned are used in place.
+
+    Raises:
+        LinkError: ziglang is missing or fails, or the model's name cannot be used.
+        ArtifactError: a file cannot be written.
+        ValueError: the plan contradicts itself or the objects (a bug of the compiler, not of its user).
+    """
+    _check_plan(plan)
+    _check_objects(plan, objects, target.arch)
+    entries = build_manifest(plan, target, io_alignment, manifest or {})
+    with tempfile.TemporaryDirectory(prefix="bnncc-link-") as name:
+        folder = Path(name)
+        sources = _write_sources(folder, plan, objects, entries)
+        image = _link_library(folder, sources, target.zig, out.name)
+        executable = _link_runner(folder, sources, target.zig_static) if runner else None
+    section = Elf(image).section(MANIFEST_SECTION)
+    write_whole(out, seal(image, section.offset, section.size - 1), 0o777)  # without the terminating zero
+    if header:
+        write_whole(header, model_h(entries).encode())
+    if runner and executable:
+        write_whole(runner, executable, 0o777)
+
+
+def build_manifest(plan: Plan, target: LinkTarget, io_alignment: int, more: Mapping[str, Any]) -> Manifest:
+    """The manifest of a plan; `more` stands beside the entries made here. Raises ValueError where they collide."""
+    ports = {
+        role: [
+            {"name": t.name, "shape": t.shape, "dtype": t.dtype, "tensor": t.id} for t in (plan.tensors[i] for i in ids)
+        ]
+        for role, ids in (("inputs", plan.inputs), ("outputs", plan.outputs))
+    }
+    entries = {
+        "format": FORMAT,
+        "bnncc": __version__,
+        "name": plan.name,
+        "prefix": symbol_prefix(plan.name),
+        "target": {"name": target.name, "arch": target.arch, "cpu": target.cpu, "features": sorted(target.features)},
+        **ports,
+        "layers": [dataclasses.asdict(layer) for layer in plan.layers],
+        "tensors": [dataclasses.asdict(tensor) for tensor in plan.tensors],
+        "init": [dataclasses.asdict(step) for step in plan.init],
+        "steps": [dataclasses.asdict(step) for step in plan.steps],
+        "io_alignment": io_alignment,
+        "arena_bytes": plan.arena_bytes,
+        "persistent_bytes": plan.persistent_bytes,
+        "weights_bytes": len(plan.weights),
+        "weights_sha256": hashlib.sha256(plan.weights).hexdigest(),
+    }
+    if taken := sorted(set(entries) & set(more)):
+        raise ValueError(f"the manifest has its own {', '.join(taken)}")
+    # Through JSON, so that what callers see now is what they will read back: lists, not tuples.
+    return cast(Manifest, json.loads(json.dumps({**entries, **more})))
+
+
+def _check_plan(plan: Plan) -> None:
+    spaces = {"arena": plan.arena_bytes, "persistent": plan.persistent_bytes, "weights": len(plan.weights)}
+    for position, tensor in enumerate(plan.tensors):
+        size = tensor_bytes(tensor.shape, tensor.dtype)
+        if tensor.id != position:
+            raise ValueError(f"tensor {tensor.id} ({tensor.name}) stands at position {position}")
+        if tensor.space in spaces and (tensor.offset % 64 or tensor.offset + size > spaces[tensor.space]):
+            raise ValueError(f"tensor {tensor.id} ({tensor.name}) does not lie in its space {tensor.space}")
+    for role, ids in (("input", plan.inputs), ("output", plan.outputs)):
+        if len(set(ids)) != len(ids):
+            raise ValueError(f"an {role} is listed twice")
+        for index, i in enumerate(ids):
+            if plan.tensors[i].space != role:
+                raise ValueError(f"tensor {i} ({plan.tensors[i].name}) is an {role} in space {plan.tensors[i].space}")
+            if plan.tensors[i].offset != index:
+                raise ValueError(f"tensor {i} ({plan.tensors[i].name}) is {role} {index} at {plan.tensors[i].offset}")
+    for step in (*plan.init, *plan.steps):
+        if not 0 < step.outputs <= len(step.args) or not all(0 <= i < len(plan.tensors) for i in step.args):
+            raise ValueError(f"step {step.kernel}: its arguments are not tensors of the plan")
+        for i in step.args[-step.outputs :]:
+            if plan.tensors[i].space in ("input", "weights"):
+                raise ValueError(f"step {step.kernel} writes tensor {i} in space {plan.tensors[i].space}")
+    # By place, because a tensor that an output only reshapes is the same memory under another number.
+    written = [plan.tensors[i] for step in plan.steps for i in step.args[-step.outputs :]]
+    places = {tensor.offset for tensor in written if tensor.space == "output"}
+    if unwritten := [i for i in plan.outputs if plan.tensors[i].offset not in places]:
+        raise ValueError(f"no step writes output {unwritten}")
+
+
+def _check_objects(plan: Plan, objects: Sequence[bytes], arch: str) -> None:
+    defined: set[str] = set()
+    for elf in map(Elf, objects):
+        if elf.architecture != arch:
+            raise ValueError(f"an object file is for {elf.architecture}, the target is {arch}")
+        defined |= {symbol.name for symbol in elf.symbols if symbol.defined}
+        for symbol in elf.symbols:
+            if symbol.name.startswith(("TVM", "__TVM")) and symbol.name not in _PROVIDED:
+                raise ValueError(f"a kernel calls {symbol.name}, which only TVM's runtime has")
+    for step in (*plan.init, *plan.steps):
+        if f"__tvm_ffi_{step.kernel}" not in defined:
+            raise ValueError(f"no object file defines kernel {step.kernel}")
+
+
+def _write_sources(folder: Path, plan: Plan, objects: Sequence[bytes], manifest: Manifest) -> list[str]:
+    """Puts what is particular to this model into the folder; returns the files to compile or link."""
+    text = json.dumps(manifest, separators=(",", ":")).encode()
+    weights = folder / f"weights-{manifest['weights_sha256']}.bin"
+    manifest_file = folder / f"manifest-{hashlib.sha256(text).hexdigest()}.json"
+    weights.write_bytes(plan.weights)
+    manifest_file.write_bytes(text)
+    (folder / "model.h").write_text(model_h(manifest))
+    (folder / "model.c").write_text(model_c(plan, manifest, weights, manifest_file))
+    (folder / "exports.map").write_text(version_script(manifest["prefix"]))
+    names = [f"kernels{i}.o" for i in range(len(objects))]
+    for name, data in zip(names, objects, strict=True):
+        (folder / name).write_bytes(data)
+    return ["model.c", *names]
+
+
+def _link_library(folder: Path, sources: Sequence[str], system: str, soname: str) -> bytes:
+    return _zig(
+        folder,
+        system,
+        ["-shared", "-fPIC", *sources, *_driver_sources(_DRIVER)],
+        ["-Wl,--version-script=exports.map", f"-Wl,-soname,{soname}", "-Wl,--strip-debug", "-lm", "-lpthread"],
+    )
+
+
+def _link_runner(folder: Path, sources: Sequence[str], system: str) -> bytes:
+    return _zig(
+        folder,
+        system,
+        ["-static", *sources, *_driver_sources(_DRIVER + _RUNNER)],
+        ["-Wl,--strip-debug", "-lm", "-lpthread"],
+    )
+
+
+def _driver_sources(names: Sequence[str]) -> list[str]:
+    return [str(_driver_folder() / name) for name in names]
+
+
+def _driver_folder() -> Path:
+    return Path(next(iter(runtime.__path__))) / "c"
+
+
+def _zig(folder: Path, system: str, arguments: Sequence[str], options: Sequence[str]) -> bytes:
+    """Runs `zig cc` in the folder and returns what it linked."""
+    if importlib.util.find_spec("ziglang") is None:
+        raise LinkError("linking needs the package ziglang, which is not installed: pip install 'bnncc[compile]'")
+    linked = folder / f"linked-{system}"
+    command = [sys.executable, "-m", "ziglang", "cc", "-target", system, *_FLAGS]
+    command += ["-I", str(_driver_folder()), "-I", ".", *arguments, *options, "-o", linked.name]
+    result = subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True)
+    if result.returncode or not linked.is_file():
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        reason = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
+        raise LinkError(f"zig cc failed for {system}: {reason.strip()}")
+    return linked.read_bytes()
+
+
+def _environment() -> dict[str, str]:
+    """Zig's environment: its cache where Zig itself would put it, or in the temporary folder where that is closed."""
+    environment = dict(os.environ)
+    if "ZIG_GLOBAL_CACHE_DIR" not in environment:
+        home = os.path.expanduser("~")
+        wanted = Path(environment.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "zig"
+        existing = next((p for p in (wanted, *wanted.parents) if p.exists()), None)
+        if existing is None or not wanted.is_absolute() or not os.access(existing, os.W_OK | os.X_OK):
+            wanted = Path(tempfile.gettempdir()) / f"bnncc-zig-{os.getuid()}"
+        environment["ZIG_GLOBAL_CACHE_DIR"] = str(wanted)
+    return environment

@@ -1,0 +1,17 @@
+"""Schedule rules, one family a file. A rule takes an unscheduled PrimFunc and returns a Schedule, or the reason why it
+does not apply."""
+
+from __future__ import annotations
+
+from bnncc.targets.descriptor import TargetSpec
+
+from .base import Rule
+from .binary_conv import BinaryConv, BinaryConvBytes
+from .conv import Conv, Dense
+from .nests import LoopNests
+from .permute import Permute
+
+
+def rules_for(target: TargetSpec) -> list[Rule]:
+    """The rules of a target in the order they are tried: the more special first."""
+    return [rule(target) for rule in (BinaryConv, BinaryConvBytes, Conv, Dense, Permute, LoopNests)]

@@ -1,0 +1,25 @@
+"""Float convolutions and dense layers: the register tile of the binary ones with fused multiply-adds."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from .register_tile import TiledAnchor
+
+
+class Conv(TiledAnchor):
+    """Float convolutions, grouped or not; depthwise ones are reductions."""
+
+    name = "convolution"
+    anchor_role: ClassVar[str] = "conv2d"
+
+    def accumulators(self, dtype_bits: int, lanes: int) -> int:
+        registers = max(1, dtype_bits * lanes // self.target.vector_bits)
+        return (self.target.registers - 2) // registers  # one input, one spare
+
+
+class Dense(Conv):
+    """Dense layers: rows of the batch are the tile's pixels."""
+
+    name = "dense"
+    anchor_role: ClassVar[str] = "dense"

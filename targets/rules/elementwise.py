@@ -1,0 +1,61 @@
+"""Elementwise stages: chains, broadcasts, padding, casts. Parallel outside, vectorised along the innermost axis."""
+
+from __future__ import annotations
+
+from tvm import tirx
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import SBlockRV
+
+from bnncc.targets.descriptor import TargetSpec
+
+from .base import dtype_bits, extent, iterations, parallel_outer, partition
+
+
+def schedule_elementwise(sch: Schedule, block: SBlockRV, target: TargetSpec) -> None:
+    """Vectorises one elementwise stage whose inputs lie in memory."""
+    loops = sch.get_loops(block)
+    if not loops:
+        return
+    stage = sch.get(block)
+    narrowest = min(dtype_bits(region.source.dtype) for region in (*stage.writes, *stage.reads))
+    widest = max(dtype_bits(region.source.dtype) for region in (*stage.writes, *stage.reads))
+    work = iterations(sch, block) * widest / target.vector_bits
+    if _same_index_everywhere(stage):
+        loops = [sch.fuse(*loops)] if len(loops) > 1 else loops
+    *outer, inner = loops
+    length = extent(sch, inner)
+    lanes = _lanes(length, target.vector_bits // widest, target.vector_bits // narrowest)
+    if lanes > 1:
+        inner, lane = sch.split(inner, [None, lanes])
+        sch.vectorize(lane)
+        if length % lanes:
+            partition(sch, inner)
+    if length % max(lanes, 1) or not outer:
+        # A loop with a peeled rest must not be fused into its neighbours.
+        if not outer and length % max(lanes, 1) == 0:
+            parallel_outer(sch, [inner], work)
+        elif outer:
+            parallel_outer(sch, outer, work)
+        return
+    parallel_outer(sch, outer, work)
+
+
+def _lanes(length: int, least: int, most: int) -> int:
+    """Lanes for an axis: as many as divide it, between one vector of the widest and of the narrowest type; else one
+    vector of the widest with a rest; the whole axis where that is short."""
+    lanes = most
+    while lanes >= least:
+        if length % lanes == 0:
+            return lanes
+        lanes //= 2
+    return least if length >= least else length
+
+
+def _same_index_everywhere(stage: tirx.SBlock) -> bool:
+    """Whether every access is at the stage's own index: then the axes can be fused into one."""
+    axes = [iv.var for iv in stage.iter_vars]
+    return all(
+        len(access.region) == len(axes)
+        and all(r.min.same_as(v) and int(r.extent) == 1 for r, v in zip(access.region, axes, strict=True))
+        for access in (*stage.reads, *stage.writes)
+    )

@@ -1,0 +1,81 @@
+"""Packing without horizontal operations.
+
+Channel ``block·8L + v·L + l`` is bit v of byte ``block·L + l``, so eight vectors of comparisons become one vector of
+bytes: ``acc[l] |= x[v·L + l] >= t ? 1 << v : 0`` over v, then one narrowing store.
+"""
+
+from __future__ import annotations
+
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import SBlockRV
+
+from bnncc.dialect.stages import LANES
+from bnncc.targets.descriptor import TargetSpec
+
+from .base import Stages, iterations, parallel_outer, unroll
+
+
+def block_lanes(sch: Schedule, bits: SBlockRV) -> int:
+    """Bytes of one block of the layout that a "pack.bits" stage packs to."""
+    return int(sch.get(bits).annotations[LANES])
+
+
+def schedule_bits(sch: Schedule, bits: SBlockRV, pack: SBlockRV) -> None:
+    """Computes the bits of one block of bytes at a time, in registers, in the innermost loop of `pack`."""
+    lanes = block_lanes(sch, bits)
+    byte = sch.get_loops(pack)[-1]
+    block, lane = sch.split(byte, [None, lanes])
+    sch.vectorize(lane)
+    sch.compute_at(bits, block, preserve_unit_loops=True)
+    *_, lane, v = sch.get_loops(bits)
+    sch.reorder(v, lane)
+    sch.vectorize(lane)
+    sch.unroll(v)
+    init = sch.decompose_reduction(bits, v)
+    sch.vectorize(sch.get_loops(init)[-1])
+    sch.set_scope(bits, 0, "local")
+
+
+def schedule_pack(stages: Stages, bits: SBlockRV, target: TargetSpec) -> set[str]:
+    """Schedules one packing whose input lies in memory, with its padding; returns the names of the stages it took."""
+    sch = stages.sch
+    last, names = _with_padding(stages, bits)
+    parallel_outer(sch, sch.get_loops(last)[:2], iterations(sch, bits) / target.float_lanes)
+    if len(sch.get(last).iter_vars) == 5:  # ternary: [N, H, W, 2, bytes]
+        unroll(sch, sch.get_loops(last)[-2])
+    schedule_bits(sch, bits, last)
+    return names
+
+
+def schedule_planar(stages: Stages, words: SBlockRV, target: TargetSpec) -> set[str]:
+    """Schedules a packing of an NCHW image: pixels in the lanes, then four bytes a store; returns the stages' names."""
+    sch = stages.sch
+    last, names = _with_padding(stages, words)
+    n, word, tile, lane, r = sch.get_loops(words)
+    tile = parallel_outer(sch, [n, word, tile], iterations(sch, words) / target.float_lanes)
+    sch.reorder(r, lane)
+    sch.vectorize(lane)
+    local = sch.cache_write(words, 0, "local")
+    sch.reverse_compute_at(local, tile, preserve_unit_loops=True)
+    sch.vectorize(sch.get_loops(local)[-1])
+    sch.unroll(r)
+    init = sch.decompose_reduction(words, r)
+    sch.vectorize(sch.get_loops(init)[-1])
+    # LLVM merges the stores of four bytes of one integer.
+    _, part = sch.split(sch.get_loops(last)[-1], [None, 4])
+    sch.unroll(part)
+    parallel_outer(sch, sch.get_loops(last)[:2], iterations(sch, last) / 4)
+    return names
+
+
+def _with_padding(stages: Stages, bits: SBlockRV) -> tuple[SBlockRV, set[str]]:
+    """The stage that writes the bytes of `bits`: what pads them where that follows; and the names of the stages."""
+    (pack,) = stages.consumers(bits)
+    names = {stages.name(b) for b in (bits, pack)}
+    after = stages.consumers(pack)
+    if len(after) != 1 or stages.role(after[0]) != "pad" or stages.is_output(pack):
+        return pack, names
+    names.add(stages.name(after[0]))
+    stages.sch.compute_inline(pack)
+    stages.blocks.remove(pack)
+    return after[0], names

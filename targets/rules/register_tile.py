@@ -1,0 +1,323 @@
+"""The register tile that binary and float convolutions share.
+
+Lanes are output channels; one word (or float) of the input is broadcast against a vector of weights:
+
+    for outer loops, parallel:
+        for ky, kx, k:                          real loops: where all is unrolled, LLVM spills
+            for pixel, vector in tile:          unrolled
+                acc[pixel, vector, :] += popcount(x[pixel, ky, kx, k] ^ w[vector, ky, kx, k, :])
+        epilogue of the tile                    on the accumulators, still in registers
+        packing of the tile                     where the kernel's result is packed
+
+A tile that does not divide the image leaves a rest, which the lowering peels (`base.partition`), so that the loop over
+whole tiles runs without bounds checks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tvm import tirx
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+
+from bnncc.targets.descriptor import TargetSpec
+
+from .base import REDUCED, SPATIAL, Rule, Stages, dtype_bits, extent, last_common, parallel_outer, partition, unroll
+from .nests import schedule_rest
+from .pack import block_lanes, schedule_bits
+
+#: Bytes of weights up to which the loop over output channels runs inside that over pixels (half of a small L1 cache).
+_CACHED_WEIGHTS = 16 << 10
+#: Bytes of a local buffer that stay on the stack; TVM takes larger ones from a workspace.
+_STACK_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Pixels (rows × cols of the output image, or of the batch) times vectors of output channels."""
+
+    rows: int
+    cols: int
+    vectors: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Extents of an anchor. A dense layer, and an image of one pixel, count the batch as the width of one image."""
+
+    images: int
+    height: int
+    width: int
+    groups: int
+    blocks: int
+    lanes: int
+    outputs: int
+    steps: int
+    weight_bytes: int
+
+    @property
+    def vector_steps(self) -> float:
+        """Steps of the whole kernel on vectors of `lanes`."""
+        return float(self.images * self.height * self.width * self.groups * self.blocks * self.steps)
+
+    @property
+    def group_outputs(self) -> int:
+        return self.outputs // self.groups
+
+    @property
+    def whole_blocks(self) -> bool:
+        return self.groups == 1 or self.group_outputs % self.lanes == 0
+
+
+def choose_tile(shape: Shape, accumulators: int, *, chunk: int | None = None, most_pixels: int = 64) -> Tile:
+    """The cheapest tile of at most `accumulators` registers (weights included).
+
+    chunk: number of blocks that is computed together, which the tile's vectors must divide.
+    """
+    best, best_cost = Tile(1, 1, 1), float("inf")
+    blocks = chunk or shape.blocks
+    # A rest of blocks costs a launch of the threads for every tile of them, so only where the number is awkward.
+    awkward = not chunk and shape.groups == 1 and blocks > 8 and all(blocks % d for d in range(2, 9))
+    for vectors in range(1, min(blocks, 8) + 1):
+        if blocks % vectors and not awkward:
+            continue
+        room = min((accumulators - vectors) // vectors, most_pixels)
+        if room < 1:
+            break
+        cols = _cols(shape.width, room)
+        rows = 1
+        if cols == shape.width:
+            rows = max(r for r in range(1, shape.height + 1) if shape.height % r == 0 and r * cols <= max(room, cols))
+        cost = _cost(shape.height, shape.width, blocks, Tile(rows, cols, vectors))
+        if cost < best_cost:
+            best, best_cost = Tile(rows, cols, vectors), cost
+    return best
+
+
+def _cols(width: int, room: int) -> int:
+    """Pixels of a row to a tile: a divisor of the width if a good one fits, else equal parts with a rest."""
+    if width <= room:
+        return width
+    exact = max(d for d in range(1, room + 1) if width % d == 0)
+    if exact * 2 > room:
+        return exact
+    tiles = -(-width // room)
+    return -(-width // tiles)
+
+
+def _cost(height: int, width: int, blocks: int, tile: Tile) -> float:
+    """Cost of one reduction step over an image: the tile's sums, and the loads of its weights and inputs.
+
+    Few independent sums leave the arithmetic's latency exposed.
+    """
+    pixels = tile.rows * tile.cols
+    per_tile = max(pixels * tile.vectors, 6.0) + 0.25 * (pixels + tile.vectors) + 0.5
+    return -(-height // tile.rows) * -(-width // tile.cols) * -(-blocks // tile.vectors) * per_tile
+
+
+class TiledAnchor(Rule):
+    """Schedules a convolution or dense layer with its elementwise epilogue and the packing of its result.
+
+    Subclasses say which anchor they take and what its inner loop needs in registers.
+    """
+
+    anchor_role: ClassVar[str]
+    #: Stage that sums the anchor's results over parts of the reduction, where there is one.
+    total_role: ClassVar[str | None] = None
+
+    @property
+    def scalar(self) -> bool:
+        """Whether the inner loop works on single words."""
+        return False
+
+    def accumulators(self, dtype_bits: int, lanes: int) -> int:
+        """How many accumulators of `lanes` lanes the registers hold beside the inner loop's temporaries."""
+        raise NotImplementedError
+
+    def __call__(self, func: tirx.PrimFunc) -> Schedule | str:
+        sch = Schedule(func)
+        stages = Stages(sch)
+        anchors = stages.of(self.anchor_role)
+        if len(anchors) != 1:
+            return f"{len(anchors)} stages of role {self.anchor_role}"
+        totals = stages.of(self.total_role) if self.total_role else []
+        last = totals[0] if totals else anchors[0]
+        main = last_common(stages, last)
+        if main is None:
+            return "the outputs share no elementwise stage after the anchor"
+        stages.inline(main)
+        shape = _shape(stages, last, main, anchors[0])
+        fused = _fused_pack(stages, main, shape)
+        nest = _Nest(self, stages, shape, main, fused, last)
+        parts = accumulate(sch, last, nest.run(), scalar=self.scalar)
+        if totals:
+            accumulate(sch, anchors[0], parts)
+        done = {stages.name(b) for b in (*anchors, *totals, main, *fused)}
+        schedule_rest(stages, self.target, done)
+        return sch
+
+
+def _shape(stages: Stages, last: SBlockRV, main: SBlockRV, anchor: SBlockRV) -> Shape:
+    sch = stages.sch
+    block = sch.get(last)
+    spatial = [int(iv.dom.extent) for iv in block.iter_vars if iv.iter_type == SPATIAL]
+    steps = math.prod(int(iv.dom.extent) for iv in block.iter_vars if iv.iter_type == REDUCED)
+    if stages.name(anchor) != stages.name(last):
+        steps *= math.prod(int(iv.dom.extent) for iv in sch.get(anchor).iter_vars if iv.iter_type == REDUCED)
+    outputs = int(sch.get(main).iter_vars[-1].dom.extent)
+    weights = sch.get(anchor).reads[-1].source
+    size = math.prod(int(e) for e in weights.shape) * (dtype_bits(weights.dtype) // 8)
+    if len(spatial) == 3:  # dense
+        rows, blocks, lanes = spatial
+        return Shape(1, 1, rows, 1, blocks, lanes, outputs, steps, size)
+    images, height, width, groups, blocks, lanes = spatial
+    if height * width == 1:
+        images, width = 1, images
+    return Shape(images, height, width, groups, blocks, lanes, outputs, steps, size)
+
+
+def _fused_pack(stages: Stages, main: SBlockRV, shape: Shape) -> tuple[SBlockRV, ...]:
+    """The stages (bits, bytes) that pack the epilogue tile by tile: if whole blocks of bits meet whole tiles."""
+    packs = stages.of("pack.bits")
+    if len(packs) != 1 or not (shape.groups == 1 or shape.whole_blocks):
+        return ()
+    bits = packs[0]
+    if [stages.name(b) for b in stages.producers(bits)] != [stages.name(main)]:
+        return ()
+    (pack,) = stages.consumers(bits)
+    axes = [int(iv.dom.extent) for iv in stages.sch.get(pack).iter_vars]
+    lanes = block_lanes(stages.sch, bits)
+    aligned = axes[-1] * 8 == shape.outputs and 8 * lanes % shape.lanes == 0
+    whole = shape.groups == 1 or shape.group_outputs % (8 * lanes) == 0
+    return (bits, pack) if len(axes) == 4 and aligned and whole and shape.outputs % shape.lanes == 0 else ()
+
+
+class _Nest:
+    """Loops of the epilogue and of what packs it, around one register tile."""
+
+    def __init__(
+        self,
+        rule: TiledAnchor,
+        stages: Stages,
+        shape: Shape,
+        main: SBlockRV,
+        fused: tuple[SBlockRV, ...],
+        last: SBlockRV,
+    ) -> None:
+        self.stages, self.sch, self.shape = stages, stages.sch, shape
+        self.main, self.fused, self.target = main, fused, rule.target
+        room = rule.accumulators(dtype_bits(self.sch.get(last).writes[0].source.dtype), shape.lanes)
+        if not fused:
+            self.tile = choose_tile(shape, room)
+            self.channels = self.tile.vectors * shape.lanes
+        else:
+            self.channels = 8 * block_lanes(self.sch, fused[0])
+            bits = dtype_bits(self.sch.get(main).writes[0].source.dtype)
+            pixels = max(1, _STACK_BYTES * 8 // bits // self.channels)
+            self.tile = choose_tile(shape, room, chunk=self.channels // shape.lanes, most_pixels=pixels)
+
+    def run(self) -> LoopRV:
+        """Schedules everything outside the reduction; returns the loop whose body is one register tile."""
+        sch, main = self.sch, self.main
+        if not self.fused:
+            loop = self._outer(main, self.channels)
+            self._tile_loops(main)
+            return loop
+        bits, pack = self.fused
+        if self.stages.is_output(main):
+            loop = self._outer(main, self.channels)
+            sch.reverse_compute_at(bits, loop, preserve_unit_loops=True)
+            sch.reverse_compute_at(pack, loop, preserve_unit_loops=True)
+            schedule_bits(sch, bits, pack)
+        else:
+            loop = self._outer(pack, self.channels // 8)
+            schedule_bits(sch, bits, pack)
+            sch.compute_at(main, loop, preserve_unit_loops=True)
+            sch.set_scope(main, 0, "local")
+            self.pixel_loops = len(sch.get(main).iter_vars) - 1
+        *pixels, channel = sch.get_loops(main)[-self.pixel_loops - 1 :]
+        part, _ = sch.split(channel, [None, self.tile.vectors * self.shape.lanes])
+        sch.reorder(part, *pixels)
+        self._tile_loops(main)
+        return part
+
+    def _outer(self, block: SBlockRV, channels: int) -> LoopRV:
+        """Splits pixels and channels of a stage into tiles, and orders and parallelises the loops over tiles."""
+        sch, shape, tile = self.sch, self.shape, self.tile
+        *pixels, channel = sch.get_loops(block)
+        outputs = extent(sch, channel)
+        if shape.whole_blocks:
+            co, ci = sch.split(channel, [None, channels])
+            uneven = outputs % channels != 0
+        else:
+            co, ci = sch.split(channel, [shape.groups, None])
+            uneven = False
+        if len(pixels) == 1 or (shape.height == 1 and extent(sch, pixels[-1]) == 1):
+            batch, *units = pixels
+            no, ni = sch.split(batch, [None, tile.cols])
+            rows, across, within = [], no, [ni, *units]
+        else:
+            n, y, x = pixels
+            yo, yi = sch.split(y, [None, tile.rows])
+            across, xi = sch.split(x, [None, tile.cols])
+            rows, within = [n, yo], [yi, xi]
+        self.pixel_loops = len(within)
+        if shape.width % tile.cols:
+            partition(sch, across)
+        if uneven:
+            partition(sch, co)
+        by_channel = shape.weight_bytes > _CACHED_WEIGHTS
+        if by_channel:
+            sch.reorder(co, *rows, across, *within, ci)
+            # A loop that is peeled stays alone: fused, its bounds would be checked at every tile.
+            tasks = (rows or [co]) if uneven else [co, *rows]
+        else:
+            sch.reorder(*rows, across, co, *within, ci)
+            tasks = rows
+        if tasks:
+            parallel_outer(sch, tasks, shape.vector_steps)
+        return across if by_channel else co
+
+    def _tile_loops(self, main: SBlockRV) -> None:
+        """Unrolls and vectorises the epilogue of one register tile."""
+        sch, shape = self.sch, self.shape
+        channel = sch.get_loops(main)[-1]
+        lanes = epilogue_lanes(self.target, shape, extent(sch, channel))
+        cv, cl = sch.split(channel, [None, lanes])
+        sch.vectorize(cl)
+        sch.unroll(cv)
+        unroll(sch, *sch.get_loops(main)[-2 - self.pixel_loops : -2])
+
+
+def epilogue_lanes(target: TargetSpec, shape: Shape, channels: int) -> int:
+    """Lanes of the epilogue: a whole vector of floats or of the accumulators, whichever is more, if it divides."""
+    lanes = max(target.float_lanes, shape.lanes)
+    while channels % lanes:
+        lanes //= 2
+    return lanes if lanes >= min(4, channels) else channels
+
+
+def accumulate(sch: Schedule, block: SBlockRV, at: LoopRV, *, scalar: bool = False) -> LoopRV:
+    """Moves a reduction under `at` with its lanes innermost; returns the innermost loop of the reduction itself.
+
+    scalar: lanes are unrolled, not vectorised.
+    """
+    over_lanes = sch.unroll if scalar else sch.vectorize
+    sch.compute_at(block, at, preserve_unit_loops=True)
+    axes = sch.get(block).iter_vars
+    loops = sch.get_loops(block)[-len(axes) :]
+    reduced = [loop for loop, iv in zip(loops, axes, strict=True) if iv.iter_type == REDUCED]
+    spatial = [loop for loop, iv in zip(loops, axes, strict=True) if iv.iter_type == SPATIAL]
+    lane = spatial.pop(5 if len(spatial) > 3 else 2)
+    sch.reorder(*reduced, *spatial, lane)
+    unroll(sch, *spatial)
+    over_lanes(lane)
+    init = sch.decompose_reduction(block, reduced[0])
+    *others, lane = sch.get_loops(init)[-len(spatial) - 1 :]
+    unroll(sch, *others)
+    over_lanes(lane)
+    sch.set_scope(block, 0, "local")
+    return reduced[-1]

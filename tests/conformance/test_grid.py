@@ -1,0 +1,73 @@
+"""Binary convolutions of every shape and surrounding in the grid of `points`, bit for bit against eager PyTorch.
+
+`make test` runs a pairwise design of each grid. `make conformance` draws 3,000 points of all of them; the seed is
+printed, `make conformance SEED=n` repeats it, and POINTS=n draws more or fewer.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .branches import QUANTIZERS, TARGETS, BitReader, Case, awkward, batch_norm, check, chunks, signs
+from .points import GRIDS, PAD_VALUES, Point, draw, pairwise
+
+# Points to a module: enough that what a module costs by itself is small, few enough that it fits in the memory of two.
+_MODULE = 40
+
+
+class _Convolution(nn.Module):
+    def __init__(self, point: Point, generator: torch.Generator) -> None:
+        super().__init__()
+        self.point = point
+        channels = point.shape[3] // point.groups
+        kh, kw, out = point.filter
+        self.register_buffer("weight", signs((out, channels, kh, kw), generator, ternary=point.weight == "ternary"))
+        self.norm = batch_norm(out, kh * kw * channels, generator) if point.batch_norm else nn.Identity()
+        self.reader = BitReader(out, point.groups) if point.output == "packed" else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        point, (top, left, bottom, right) = self.point, self.point.pads()
+        x, inside = QUANTIZERS[point.quantizer](x), (0, 0)
+        if point.padding == "zero" and (top, left) == (bottom, right):
+            inside = (top, left)  # as most models spell it
+        elif any(point.pads()):
+            x = F.pad(x, (left, right, top, bottom), value=PAD_VALUES[point.padding])
+        x = F.conv2d(x, self.weight, None, point.strides, inside, point.dilation, point.groups)
+        return self.reader(self.norm(F.relu(x) if point.activation == "relu" else x))
+
+
+def _case(point: Point) -> Case:
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(point).encode()))
+    n, h, w, c = point.shape
+    return Case(repr(point), _Convolution(point, generator), awkward((n, c, h, w), generator))
+
+
+_PAIRWISE = {
+    f"{name}-{index}": part
+    for name, grid in GRIDS.items()
+    for index, part in enumerate(chunks(pairwise(grid), _MODULE))
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("points", _PAIRWISE.values(), ids=_PAIRWISE.keys())
+def test_every_pair_of_values(points, target, tmp_path):
+    check([_case(point) for point in points], target, tmp_path)
+
+
+_SEED, _COUNT = int(os.environ.get("SEED", "0")), int(os.environ.get("POINTS", "3000"))
+_POINTS = draw(_COUNT, _SEED)
+_DRAWN = [_POINTS[first : first + _MODULE] for first in range(0, _COUNT, _MODULE)]
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("points", _DRAWN, ids=[f"seed{_SEED}-{index}" for index in range(len(_DRAWN))])
+def test_random_points(points, target, tmp_path):
+    check([_case(point) for point in points], target, tmp_path)

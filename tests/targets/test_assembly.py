@@ -1,0 +1,85 @@
+"""What the compiler makes of the inner loops: vector instructions, and no register spilt to the stack."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from tvm import te
+
+from bnncc.dialect import computes, computes_float
+from bnncc.runtime.bits import BitLayout
+from bnncc.targets import emit
+from bnncc.targets.descriptor import get_target
+
+from .kernels import prim_func
+
+SHAPES = [(56, 64), (28, 128), (14, 256), (7, 512)]
+
+#: Target → what an instruction that counts bits looks like.
+POPCOUNT = {
+    "znver4": r"\bvpopcnt[dq]\b",
+    "icelake-server": r"\bvpopcnt[dq]\b",
+    "x86-64-v4": r"\bvpshufb\b",
+    "x86-64-v3": r"\bvpshufb\b",
+    "x86-64-v2": r"\bpopcntq\b",
+    "rpi4": r"\bcnt\b",
+    "aarch64": r"\bcnt\b",
+}
+FMA = {"znver4": r"\bvfmadd\w+ps\b", "x86-64-v3": r"\bvfmadd\w+ps\b", "rpi4": r"\bfmla\b", "aarch64": r"\bfmla\b"}
+
+
+def inner_loops(assembly: str) -> list[list[str]]:
+    """Bodies of the loops that hold no other label."""
+    lines = assembly.split("\n")
+    labels: dict[str, int] = {}
+    found = []
+    for number, line in enumerate(lines):
+        if match := re.match(r"(\.LBB\w+):", line):
+            labels[match[1]] = number
+        match = re.match(r"\s+(?:j\w+|b\.\w+|cbn?z\s+\w+,|tbn?z\s+\w+, #\d+,)\s+(\.LBB\w+)", line)
+        if match and match[1] in labels:
+            body = lines[labels[match[1]] + 1 : number]
+            if not any(re.match(r"\.LBB", text) for text in body):
+                found.append([text for text in body if re.match(r"\s+[a-z]", text)])
+    return found
+
+
+def hottest(assembly: str, instruction: str) -> list[str]:
+    return max(inner_loops(assembly), key=lambda body: sum(bool(re.search(instruction, line)) for line in body))
+
+
+def _touches_stack(line: str) -> bool:
+    return bool(re.search(r"\(%rsp|\[sp\b", line))
+
+
+@pytest.mark.parametrize(("size", "channels"), SHAPES)
+@pytest.mark.parametrize("target", POPCOUNT)
+def test_binary_inner_loop(target: str, size: int, channels: int) -> None:
+    spec = get_target(target)
+    layout = BitLayout.for_target(channels, 1, spec.word_bits, spec.max_lanes)
+    lanes = spec.binary_lanes(channels)
+    x = te.placeholder((1, size + 2, size + 2, layout.words), layout.word_dtype, "x")
+    w = te.placeholder((1, channels // lanes, 3, 3, layout.group_words, lanes), layout.word_dtype, "w")
+    a, b = (te.placeholder((channels,), "float32", name) for name in "ab")
+    dot = computes.binary_conv2d(x, w, depth=9 * channels, out_channels=channels)
+    y = computes_float.scale_shift(computes_float.to_float(dot), a, b)
+    body = hottest(emit.assembly(prim_func([x, w, a, b], [y]), spec), POPCOUNT[target])
+    counts = sum(bool(re.search(POPCOUNT[target], line)) for line in body)
+    assert counts >= 5
+    if spec.popcount != "scalar":  # sixteen general registers hold no tile and its addresses
+        # Where LLVM unrolls four steps of the reduction it may keep a few vectors too many alive.
+        assert sum(map(_touches_stack, body)) <= len(body) // 30
+
+
+@pytest.mark.parametrize(("size", "channels"), SHAPES[:2])
+@pytest.mark.parametrize("target", FMA)
+def test_float_inner_loop(target: str, size: int, channels: int) -> None:
+    spec = get_target(target)
+    lanes = spec.conv_lanes(channels)
+    x = te.placeholder((1, size + 2, size + 2, channels), "float32", "x")
+    w = te.placeholder((1, channels // lanes, 3, 3, channels, lanes), "float32", "w")
+    y = computes_float.relu(computes_float.conv2d(x, w, out_channels=channels))
+    body = hottest(emit.assembly(prim_func([x, w], [y]), spec), FMA[target])
+    assert sum(bool(re.search(FMA[target], line)) for line in body) >= 8
+    assert not [line for line in body if _touches_stack(line)]

@@ -1,0 +1,62 @@
+"""Target names, and what a target asks of a machine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from bnncc.runtime.errors import BnnccError
+from bnncc.targets.descriptor import all_targets, get_target, native, target_names
+
+
+def test_every_listed_name_is_a_target() -> None:
+    assert target_names()[0] == "native"
+    for name in target_names():
+        assert get_target(name).name == name
+
+
+def test_a_target_passes_through() -> None:
+    assert get_target(native()) is native()
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("rpi44", "rpi4"), ("x86-64-v33", "x86-64-v3"), ("natve", "native"), ("znvr4", "znver4")]
+)
+def test_a_typo_names_the_nearest_target(typo: str, meant: str) -> None:
+    with pytest.raises(BnnccError, match=f"unknown target '{typo}': did you mean {meant}") as error:
+        get_target(typo)
+    assert "\n" not in str(error.value)
+
+
+def test_processor_names_are_targets() -> None:
+    zen = get_target("znver4")
+    assert zen.arch == "x86_64"
+    assert zen.word_bits == 32 and zen.popcount == "vector"
+    assert "avx512_vpopcntdq" in zen.features
+    skylake = get_target("skylake-avx512")
+    assert skylake.vector_bits == 512 and skylake.popcount == "table"
+    assert get_target("cortex-a76").arch == "aarch64"
+    with pytest.raises(BnnccError):
+        get_target("i386")
+
+
+def test_features_are_spelt_as_the_kernel_spells_them() -> None:
+    assert {"avx2", "bmi1", "fma", "abm"} <= set(get_target("x86-64-v3").features)
+    assert "avx512f" not in get_target("x86-64-v3").features
+    assert get_target("rpi4").features == ("fp", "asimd")
+
+
+def test_targets_are_values() -> None:
+    for target in all_targets():
+        assert hash(target) == hash(dataclasses.replace(target))
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            target.name = "other"  # type: ignore[misc]
+
+
+def test_lanes_follow_the_number_of_outputs() -> None:
+    v3 = get_target("x86-64-v3")
+    assert v3.conv_lanes(64) == 8
+    assert v3.conv_lanes(5) == 8
+    assert v3.conv_lanes(4) == 4
+    assert v3.conv_lanes(1) == 1
