@@ -68,7 +68,7 @@ def test_the_manifest_holds_the_plan(tiny, artifact):
         "dtype": "float32",
         "space": "arena",
         "offset": 0,
-        "value": {"node": "mul", "order": [0, 1], "bits": None},
+        "value": {"node": "mul", "order": [0, 1], "bits": None, "step": None},
     }
     assert manifest["steps"][0] == {
         "kernel": "affine", "op": "affine", "args": [0, 3, 4], "outputs": 1, "layers": ["body.0"], "exact": True,
