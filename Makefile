@@ -39,7 +39,7 @@ format: $(STAMP)
 
 # 3,000 points of the full exactness grid, drawn with a printed seed; SEED=n repeats a draw.
 conformance: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses auto -m conformance tests/conformance
+	$(BIN)/python -m pytest --numprocesses auto -m conformance tests/conformance tests
 
 # docs/support.md: what compiles, and how exactly, measured.
 docs: $(STAMP)
