@@ -2,10 +2,12 @@
 
     s = bnncc.sign(x); y = reshape(s, shape)                    -->   r = reshape(x, shape); y = bnncc.sign(r)
     s = bnncc.sign(a); t = bnncc.sign(b); y = concat((s, t))    -->   c = concat((a, b)); y = bnncc.sign(c)
+    y = reshape(x, shape of x)                                  -->   y = x
 
 After `CanonicalizeSign`, before `FuseBinaryConv`. Exact, since a sign is elementwise. A sign with other readers stays
-for them. Declines signs of differing predicates side by side, and a gather of pixels (`take` along another axis than
-the channels), which has a kernel on bits.
+for them. A reshape that changes nothing (bitorch's activations end in one) would keep an image out of NHWC. Declines
+signs of differing predicates side by side, and a gather of pixels (`take` along another axis than the channels), which
+has a kernel on bits.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 
 from tvm import relax
 
-from bnncc.dialect.ops import attributes, call, is_call, op_name
+from bnncc.dialect.ops import attributes, call, is_call, op_name, shape_of
 from bnncc.passes.rewriter import Rewriter, module_pass
 
 _MOVES = (
@@ -28,6 +30,8 @@ class _Hoist(Rewriter):
             return self.concat(var, value)
         if is_call(value, "take") and attributes(value)["axis"] != 1:
             return None
+        if is_call(value, "reshape") and shape_of(var) == shape_of(value.args[0]):
+            return value.args[0]
         if op_name(value) not in _MOVES or not isinstance(value.args[0], relax.Var):
             return None
         sign = self.builder.lookup_binding(value.args[0])

@@ -106,3 +106,14 @@ def test_other_moves(move, function, check):
 )
 def test_do_not_move(body, function, check_unchanged):
     check_unchanged(HoistReshape, function((2, 4, 3), lambda x: body(call("sign", [x], predicate="gt"), x)))
+
+
+def test_a_reshape_to_the_same_shape_vanishes(function, check):
+    def before(x):
+        return R_.negative(R_.reshape(R_.nn.relu(x), (2, 3, 4)))
+
+    def do_not_drop(x):
+        return R_.negative(R_.reshape(R_.nn.relu(x), (2, 4, 3)))
+
+    check(HoistReshape, function((2, 3, 4), before), function((2, 3, 4), lambda x: R_.negative(R_.nn.relu(x))))
+    check(HoistReshape, function((2, 3, 4), do_not_drop), function((2, 3, 4), do_not_drop))
