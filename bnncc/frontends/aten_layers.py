@@ -155,14 +155,38 @@ def _addmm(e: Emitter, a: Any) -> relax.Expr:
 
 
 @converts("_native_batch_norm_legit_no_training.default")
-def _batch_norm(e: Emitter, a: Any) -> relax.Expr:
-    channels = e.node.args[0].meta["val"].shape[1]  # type: ignore[union-attr]
+def _batch_norm(e: Emitter, a: Any) -> relax.Expr | tuple[relax.Expr, None, None]:
+    sample = e.node.args[0].meta["val"]  # type: ignore[union-attr]
+    channels = sample.shape[1]
     dtype = str(a.input.ty.dtype)
     gamma = a.weight if a.weight is not None else relax.const(np.ones(channels, dtype), dtype)
     beta = a.bias if a.bias is not None else relax.const(np.zeros(channels, dtype), dtype)
+    if not _dense(sample):
+        return _strided_batch_norm(e, a, gamma, beta), None, None
     return R.nn.batch_norm(
         a.input, gamma, beta, a.running_mean, a.running_var, axis=1, epsilon=a.eps, momentum=a.momentum, training=False
     )
+
+
+def _dense(x: torch.Tensor) -> bool:
+    """What ATen's batch norm takes for contiguous (`is_contiguous` in aten/src/ATen/native/Normalization.cpp)."""
+    formats = {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(x.ndim, [])
+    return any(x.is_contiguous(memory_format=chosen) for chosen in (torch.contiguous_format, *formats))
+
+
+def _strided_batch_norm(e: Emitter, a: Any, gamma: relax.Expr, beta: relax.Expr) -> relax.Expr:
+    """Of a part of a tensor, such as a chunk of channels: ATen has another kernel for these, which rounds otherwise.
+
+    ((x − mean) · (1 / sqrt(var + eps))) · gamma + beta, each operation rounded: that file's
+    `batch_norm_cpu_transform_input_template`.
+    """
+    dtype, shape = str(a.input.ty.dtype), (1, -1, *[1] * (a.input.ty.ndim - 2))
+    deviation = e.emit(R.sqrt(e.emit(R.add(a.running_var, relax.const(a.eps, dtype)))))
+    inverse = e.emit(R.divide(relax.const(1.0, dtype), deviation))
+    mean, inverse, gamma, beta = (e.emit(R.reshape(v, shape)) for v in (a.running_mean, inverse, gamma, beta))
+    centred = e.emit(R.subtract(a.input, mean))
+    scaled = e.emit(R.multiply(e.emit(R.multiply(centred, inverse)), gamma))
+    return R.add(scaled, beta)
 
 
 @converts("_softmax.default")

@@ -2,13 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import tvm
 from tvm import relax
 
-import bnncc.dialect.kernels  # noqa: F401  (lets TVM's own pipeline compile the dialect)
+import bnncc
+import bnncc.dialect.kernels  # lets TVM's own pipeline compile the dialect
 from bnncc.dialect.torch_eval import evaluate_function
 from bnncc.frontends.torch import export_model, operator_name, supported_operators, to_relax
 
@@ -59,6 +61,7 @@ CASES = {
         (lambda x, w: F.batch_norm(x, w, w.abs() + 0.1, w, w + 1), IMAGE, VECTOR),
         (lambda x, w: F.batch_norm(x, w, w.abs() + 0.1, eps=1e-3), IMAGE, VECTOR),
         (lambda x, w: F.batch_norm(x, w, w.abs() + 0.1, w, None), SEQUENCE, VECTOR),
+        (lambda x, w: F.batch_norm(x.transpose(2, 3), w, w.abs() + 0.1, w, w + 1), IMAGE, VECTOR),
     ],
     "_softmax.default": [(lambda x: F.softmax(x, 1), IMAGE)],
     "_to_copy.default": [
@@ -464,6 +467,24 @@ def test_operator_is_eager(key):
     for got, want in zip(_run_with_tvm(imported.mod, inputs), expected, strict=True):
         # Sums in another order and TVM's own exp, erf, … differ in the last bits.
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("part", [
+    lambda x: x.chunk(2, 1)[1], lambda x: x[:, ::2], lambda x: x.transpose(2, 3), lambda x: x[..., 2:], lambda x: x[:1],
+    lambda x: x.to(memory_format=torch.channels_last), lambda x: x[:, :, 0], lambda x: x[:, :, 0, 0],
+])  # fmt: skip
+def test_batch_norm_rounds_as_the_kernel_that_eager_chooses_by_strides(part):
+    image = torch.randn(2, 16, 9, 8, generator=torch.Generator().manual_seed(5))
+    channels = part(image).shape[1]
+    gamma, beta, mean, variance = (weight(4, channels) * 3).unbind()
+
+    class Norm(torch.nn.Module):
+        def forward(self, x):
+            return F.batch_norm(part(x), mean, variance.abs() + 0.1, gamma, beta)
+
+    artifact = bnncc.compile(Norm().eval(), (image,))
+    assert all(step["exact"] for step in artifact.manifest["steps"])
+    np.testing.assert_array_equal(artifact.load(threads=1)(image.numpy()), Norm()(image).numpy())
 
 
 def _as_list(outputs):
