@@ -29,6 +29,8 @@ from bnncc.passes.rewriter import Origin, Rewriter, is_const, module_pass, numpy
 # Powers of two up to here times an integer below 2²⁴ are float32 numbers, neither infinite nor subnormal.
 _EXACT_EXPONENT = 100
 
+_POOLS = ("nn.max_pool1d", "nn.max_pool2d")
+
 
 def binary_weight(weight: np.ndarray, channel_axis: int = 0) -> tuple[np.ndarray, np.ndarray | None] | None:
     """Splits a weight into ±1/0 and a positive scale per output channel (None: all ones), or None if it is not that."""
@@ -46,7 +48,7 @@ def _keeps_bits(value: Any) -> bool:
     """Whether it has a kernel on bits: a max-pool whose window has no holes, or pixels read in another order."""
     if is_call(value, "take"):
         return is_const(value.args[1]) and attributes(value)["axis"] != 1
-    return op_name(value) in ("nn.max_pool1d", "nn.max_pool2d") and set(attributes(value)["dilation"]) == {1}
+    return op_name(value) in _POOLS and set(attributes(value)["dilation"]) == {1}
 
 
 def is_binary(value: Any, definition: dict[Any, Any]) -> bool:
@@ -59,10 +61,10 @@ def is_binary(value: Any, definition: dict[Any, Any]) -> bool:
 
 
 def is_ternary(value: Any, definition: dict[Any, Any]) -> bool:
-    """Whether a binary expression takes the value 0 as well."""
+    """Whether a binary expression, in any layout, takes the value 0 as well."""
     while isinstance(value, relax.Var):
         value = definition.get(value)
-    if _keeps_bits(value):
+    if op_name(value) in (*_POOLS, "take"):
         return is_ternary(value.args[0], definition)
     return is_call(value, "bnncc.sign") and attributes(value)["predicate"] == "ternary"
 

@@ -113,6 +113,33 @@ def _pools(row: Row) -> bool:
     return all(2 * row[3] <= extent for extent in row[1])
 
 
+# -- pixels in another order -----------------------------------------------------------------------------------------
+
+_MOVES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    **{m: lambda s, mode=m: F.pad(s, (1, 2) * (s.ndim - 2), mode) for m in ("reflect", "replicate", "circular")},
+    "first axis reversed": lambda s: s.flip(2),
+    "last axis reversed": lambda s: s.flip(-1),
+    "enlarged": lambda s: F.interpolate(s, scale_factor=2),
+}  # fmt: skip
+_MOVED = {"rank": (1, 2, 3), "move": tuple(_MOVES), "quantizer": tuple(QUANTIZERS), "channels": (3, 33)}
+_EXTENTS = (4, 3, 5)
+
+
+def _moved(rank: int, move: str, quantizer: str, channels: int, generator: torch.Generator) -> Any:
+    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[rank - 1]
+    weight = nn.Parameter(signs((5, channels, *(2,) * rank), generator))
+
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return conv(_MOVES[move](QUANTIZERS[quantizer](x)), self.weight)
+
+    return Moved(), awkward((2, channels, *_EXTENTS[:rank]), generator)
+
+
 # -- linear layers ---------------------------------------------------------------------------------------------------
 
 _LINEAR = {
@@ -223,6 +250,7 @@ def _chain(
 _GRIDS = {
     "packing": _cases(_PACKING, _packing),
     "pooling": _cases(_POOLING, _pooling, _pools),
+    "pixels in another order": _cases(_MOVED, _moved),
     "linear": _cases(_LINEAR, _linear),
     "weight-only": _cases(_WEIGHT_ONLY, _weight_only),
     "chains": _cases(_CHAINS, _chain),
