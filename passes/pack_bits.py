@@ -75,9 +75,14 @@ class _Pack(Rewriter):
         zero_padded = a["pad_value"] == 0 and any((*a["padding"], *depth_padding)) and not ternary
         bits = self.bits_of(source, layout, a["padding"], int(a["pad_value"] == 1), ternary)
         words = self.view(bits, layout)
-        lanes = self.target.binary_lanes(out // groups)
-        args = [words, relax.const(pack_weight(weight, groups, layout.word_bits, layout.lanes, lanes, slices))]
         ternary_weight = not weight.all()
+        in_lanes = 0
+        if groups == 1 and not (ternary or ternary_weight) and layout.word_bits == 8:
+            width = (shape_of(words)[2] - (kw - 1) * a["dilation"][1] - 1) // a["strides"][1] + 1
+            in_lanes = self.target.reduction_lanes(layout.bytes, kh * kw, width, a["strides"][1], out)
+        lanes = self.target.lane_block if in_lanes else self.target.binary_lanes(out // groups)
+        packed = pack_weight(weight, groups, layout.word_bits, layout.lanes, lanes, slices)
+        args = [words, relax.const(reduction_in_lanes(packed, in_lanes) if in_lanes else packed)]
         if ternary_weight and not ternary:
             args.append(relax.const(np.abs(weight).reshape(out, -1).sum(axis=1).astype("int32")))
         if zero_padded:
@@ -87,6 +92,7 @@ class _Pack(Rewriter):
             "xnor_conv2d", args,
             out_channels=out, depth=per_group * kh * kw, kernel_size=(kh, kw), strides=a["strides"],
             dilation=a["dilation"], n_eff=int(ternary_weight and not ternary), corrected=int(zero_padded),
+            **({"in_lanes": in_lanes} if in_lanes else {}),
         )  # fmt: skip
         path = origin.path if (origin := self.origin(var)) else ""
         accumulator = self.emit(product, f"{var.name}__acc", Origin("", path))
@@ -215,6 +221,17 @@ def pack_weight(
     filled[:, : out // groups] = words.reshape(groups, out // groups, *words.shape[1:])
     tiled = filled.reshape(groups, blocks, lanes, kh, kw, len(planes), -1).transpose(0, 1, 3, 4, 5, 6, 2)
     return np.ascontiguousarray(tiled[:, :, :, :, 0] if len(planes) == 1 else tiled)
+
+
+def reduction_in_lanes(packed: np.ndarray, lanes: int) -> np.ndarray:
+    """Bytes [1, OB, KH, KW, K, OL] of weights as [OB, KH, KW, V, OL, lanes]: a vector of the reduction for each output
+    channel. Fewer than `lanes` bytes repeat, for the pixels beside each other in a vector of the input."""
+    blocks, kh, kw, size, outputs = packed.shape[1:]
+    by_channel = np.swapaxes(packed[0], -1, -2)
+    if size < lanes:
+        by_channel = np.tile(by_channel, lanes // size)
+    vectors = by_channel.reshape(blocks, kh, kw, outputs, -1, lanes)
+    return np.ascontiguousarray(np.swapaxes(vectors, 3, 4))
 
 
 def zero_padding_correction(

@@ -29,6 +29,11 @@ _CPUINFO = {
     "avx512vnni": "avx512_vnni", "avx512ifma": "avx512ifma", "gfni": "gfni",
 }  # fmt: skip
 
+#: Output channels of one tile where the reduction of a binary convolution is in the lanes: their sums fill a vector.
+_LANE_BLOCK = 8
+#: Bytes of a reduction below which sums across lanes cost more than broadcasting the input.
+_SHALLOW = 32
+
 
 @dataclass(frozen=True)
 class TargetSpec:
@@ -38,10 +43,12 @@ class TargetSpec:
     vector_bits, registers: of the vector unit that schedules fill.
     word_bits: word that binary kernels read, and to a multiple of which a group's channels are padded.
     max_lanes: bound of the lanes of a `BitLayout`.
+    lane_bytes: bytes of the reduction that a binary product keeps in the lanes of a vector; 0: there lie channels.
     float_lanes: float32 values in a vector.
     popcount: how a binary product counts, see `bnncc.targets.rules.binary_conv`:
         "vector" (one instruction), "table" (LLVM's lookup by byte shuffles), "scalar" (POPCNT of single words),
         "bytes" (accumulators of a byte).
+    llvm_level: LLVM's optimization level.
     zig, zig_static: the linker's triples for a shared library and for a static executable.
     """
 
@@ -57,6 +64,8 @@ class TargetSpec:
     word_bits: int
     popcount: str
     max_lanes: int = 16
+    lane_bytes: int = 0
+    llvm_level: int = 3
     llvm_features: tuple[str, ...] = ()
     description: str = ""
 
@@ -73,6 +82,23 @@ class TargetSpec:
         """Output channels that lie beside each other in the weights of a binary convolution (OL)."""
         return _lanes(self.word_lanes, group_out)
 
+    def reduction_lanes(self, pixel_bytes: int, window: int, width: int, stride: int, out_channels: int) -> int:
+        """Bytes of the reduction in the lanes of a binary convolution of one group, or 0 if it does not suit.
+
+        pixel_bytes: of the packed input; a vector takes a part of a pixel or whole neighbouring pixels.
+        window: positions of the kernel. width: of the output image. stride: along the width.
+        """
+        pixels = max(1, self.lane_bytes // pixel_bytes)
+        fits = self.lane_bytes and pixels * pixel_bytes % self.lane_bytes == 0 and out_channels % _LANE_BLOCK == 0
+        # The first sum across lanes widens, so at least two bytes must belong together.
+        together = pixel_bytes > 1 and (pixels == 1 or (stride == 1 and width % pixels == 0))
+        return self.lane_bytes if fits and together and window * pixel_bytes >= _SHALLOW else 0
+
+    @property
+    def lane_block(self) -> int:
+        """Output channels whose weights lie together where the reduction is in the lanes."""
+        return _LANE_BLOCK
+
     def conv_lanes(self, group_out: int) -> int:
         """The same for a float convolution or dense layer."""
         return _lanes(self.float_lanes, group_out)
@@ -80,6 +106,8 @@ class TargetSpec:
     def tvm(self) -> dict[str, Any]:
         """What `tvm.target.Target` is made from."""
         config: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu}
+        if self.llvm_level != 3:
+            config["opt-level"] = self.llvm_level
         if self.llvm_features:
             config["mattr"] = list(self.llvm_features)
         return config
@@ -127,6 +155,10 @@ def _aarch64(name: str, cpu: str, description: str) -> TargetSpec:
         registers=32,
         word_bits=8,
         popcount="bytes",
+        max_lanes=8,
+        lane_bytes=16,
+        # Level 3 unrolls the steps of a binary convolution, then spills their sums.
+        llvm_level=2,
         llvm_features=("+neon",),
         description=description,
     )

@@ -13,7 +13,7 @@ from typing import Any
 from tvm import te, tirx
 
 from .computes_pack import constant_byte, lookup_pack, max_pool2d_bits, pack, pad_bits, threshold_pack
-from .stages import extents, staged, window
+from .stages import ROLE, STEPS, extents, staged, window
 
 __all__ = [
     "binary_conv2d", "constant_byte", "extents", "lookup_pack", "max_pool2d_bits", "pack", "pad_bits",
@@ -46,6 +46,7 @@ def binary_conv2d(
     strides: tuple[int, int] = (1, 1),
     dilation: tuple[int, int] = (1, 1),
     n_eff: te.Tensor | None = None,
+    in_lanes: int = 0,
 ) -> te.Tensor:
     """The convolution of ±1 (or −1/0/+1) values as exact int32 dot products [N, OH, OW, out_channels].
 
@@ -54,7 +55,13 @@ def binary_conv2d(
        of OL by zero words; ternary: [G, OB, KH, KW, 2, K, OL].
     depth: true number of terms of one product, KH·KW·C/G; `n_eff` int32 [out_channels] replaces it where ternary
        weights drop terms (and spares counting them).
+    in_lanes: if not 0, weights [OB, KH, KW, V, OL, in_lanes] of one group whose last axis are bytes of the reduction:
+       those of one pixel (V vectors of them), or, where a pixel has fewer, of neighbouring pixels, with the same
+       weights for each.
     """
+    if in_lanes:
+        mismatches, blocks, lanes = _lane_counts(x, w, strides, dilation)
+        return _dots(mismatches, out_channels, 1, blocks, lanes, depth, n_eff)
     ternary_x, ternary_w = len(x.shape) == 5, len(w.shape) == 7
     batch, height, width = extents(x)[:3]
     groups, blocks, kh, kw, *_, words, lanes = extents(w)
@@ -81,17 +88,85 @@ def binary_conv2d(
         return f
 
     counts = _popcounts(x.dtype, signed, (batch, oh, ow, groups, blocks, lanes), (kh, kw, words), term)
+    return _dots(counts, out_channels, groups, blocks, lanes, None if signed else depth, n_eff)
+
+
+def _dots(
+    counts: te.Tensor, out_channels: int, groups: int, blocks: int, lanes: int, depth: int | None, n_eff: Any
+) -> te.Tensor:
+    """int32 [N, OH, OW, out_channels] of counts [N, OH, OW, G, OB, OL]: the depth less twice the mismatches; without a
+    depth, the counts as they are."""
+    batch, oh, ow = extents(counts)[:3]
     group_out = out_channels // groups
 
     def dot(n: Any, y: Any, x_: Any, o: Any) -> Any:
         g, within = (0, o) if groups == 1 else (tirx.floordiv(o, group_out), tirx.floormod(o, group_out))
         b, lane = (0, within) if blocks == 1 else (tirx.floordiv(within, lanes), tirx.floormod(within, lanes))
         count = _as("int32", counts(n, y, x_, g, b, lane))
-        if signed:
+        if depth is None:
             return count
         return (n_eff(o) if n_eff is not None else tirx.const(depth, "int32")) - count * 2
 
     return te.compute((batch, oh, ow, out_channels), dot, name="dot")
+
+
+def _lane_counts(
+    x: te.Tensor, w: te.Tensor, strides: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[te.Tensor, int, int]:
+    """Mismatches [N, OH, OW, 1, OB, OL] of bytes [N, H, W, K] and weights [OB, KH, KW, V, OL, 16]; OB; OL.
+
+    Each lane of a vector counts in a byte for itself; a chunk of the reduction is as long as bytes can hold, and the
+    chunks' lanes are added up in a wider type.
+    """
+    batch, height, width, size = extents(x)
+    blocks, kh, kw, vectors, channels, lanes = extents(w)
+    oh = window(height, kh, strides[0], dilation[0])
+    ow = window(width, kw, strides[1], dilation[1])
+    pixels = max(1, lanes // size)
+    # All of the window, one row of it, or a part of one position: the largest that a byte can count.
+    rows, cols, part = kh, kw, vectors
+    if rows * cols * part > BYTE_STEPS:
+        rows = 1
+    if cols * part > BYTE_STEPS:
+        cols = 1
+    if part > BYTE_STEPS:
+        part = max(d for d in range(1, BYTE_STEPS + 1) if part % d == 0)
+    chunks = (kh // rows, kw // cols, vectors // part)
+    axes = [
+        te.reduce_axis((0, extent), name) for extent, name in zip((rows, cols, part), ("ky", "kx", "k"), strict=True)
+    ]
+
+    def count(n: Any, y: Any, x_: Any, b: Any, cy: Any, cx: Any, ck: Any, o: Any, lane: Any) -> Any:
+        i, j, k = cy * rows + axes[0], cx * cols + axes[1], ck * part + axes[2]
+        row, col = y * strides[0] + i * dilation[0], x_ * (pixels * strides[1]) + j * dilation[1]
+        if pixels > 1:
+            xs = x(n, row, col + tirx.floordiv(lane, size), tirx.floormod(lane, size))
+        else:
+            xs = x(n, row, col, k * lanes + lane)
+        return te.sum(tirx.popcount(xs ^ w(b, i, j, k, o, lane)), axis=axes)
+
+    counts = te.compute(
+        (batch, oh, ow // pixels, blocks, *chunks, channels, lanes),
+        count,
+        name="binary_conv2d_lanes",
+        attrs={ROLE: "binary_conv2d.lanes"},
+    )
+    run = lanes // pixels
+    wide = "uint16" if 8 * kh * kw * vectors * run < 1 << 16 else "uint32"
+    outer = [te.reduce_axis((0, extent), name) for extent, name in zip(chunks, ("cy", "cx", "ck"), strict=True)]
+    within = te.reduce_axis((0, run), "lane")
+
+    def total(n: Any, y: Any, x_: Any, _: Any, b: Any, o: Any) -> Any:
+        vector, pixel = (x_, 0) if pixels == 1 else (tirx.floordiv(x_, pixels), tirx.floormod(x_, pixels))
+        return te.sum(_as(wide, counts(n, y, vector, b, *outer, o, pixel * run + within)), axis=[*outer, within])
+
+    totals = te.compute(
+        (batch, oh, ow, 1, blocks, channels),
+        total,
+        name="binary_conv2d_total",
+        attrs={ROLE: "binary_conv2d.lane_total", STEPS: rows * cols * part},
+    )
+    return totals, blocks, channels
 
 
 def _popcounts(

@@ -189,6 +189,7 @@ def _xnor_conv2d(args: Sequence[Any], a: dict[str, Any], _: relax.Call) -> te.Te
         strides=a["strides"],
         dilation=a["dilation"],
         n_eff=n_eff,
+        in_lanes=a.get("in_lanes", 0),
     )
     return computes.padding_correction(dot, *rest) if a["corrected"] else dot
 

@@ -7,6 +7,8 @@ a stage by its block annotation `ROLE`, never by its name:
     binary_conv2d        popcounts of one convolution, axes [N, OH, OW, G, OB, OL] + reduction [KH, KW, K]
     binary_conv2d.chunk  the same over at most 31 byte steps, axes [N, OH, OW, G, OB, OL, chunks] + reduction
     binary_conv2d.total  the sum of the chunks in a wider type
+    binary_conv2d.lanes  popcounts of bytes that stay apart, axes [N, OH, OW / pixels of a vector, OB, chunks, OL, lane]
+    binary_conv2d.lane_total  the sum of chunks and lanes in a wider type, axes [N, OH, OW, 1, OB, OL]
     pack.bits            eight comparisons of a block of channels as one integer, reduction over the bit
     pack.words           the same for 32 channels of an NCHW image, axes [N, word, tile, pixel] + reduction over bits
     pack                 that integer narrowed to a byte
@@ -32,6 +34,8 @@ from tvm import te, tirx
 ROLE = "bnncc.role"
 #: Key of the annotation of "pack.bits" that says how many bytes a block of the layout has.
 LANES = "bnncc.lanes"
+#: Key of the annotation of "binary_conv2d.lane_total" that says how many popcounts of a byte each lane has summed.
+STEPS = "bnncc.steps"
 
 #: (top, left, bottom, right)
 Padding = tuple[int, int, int, int]

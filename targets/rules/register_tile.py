@@ -210,14 +210,15 @@ class _Nest:
         self.stages, self.sch, self.shape = stages, stages.sch, shape
         self.main, self.fused, self.target = main, fused, rule.target
         room = rule.accumulators(dtype_bits(self.sch.get(last).writes[0].source.dtype), shape.lanes)
+        self.most_pixels = 64
         if not fused:
             self.tile = choose_tile(shape, room)
             self.channels = self.tile.vectors * shape.lanes
         else:
             self.channels = 8 * block_lanes(self.sch, fused[0])
             bits = dtype_bits(self.sch.get(main).writes[0].source.dtype)
-            pixels = max(1, _STACK_BYTES * 8 // bits // self.channels)
-            self.tile = choose_tile(shape, room, chunk=self.channels // shape.lanes, most_pixels=pixels)
+            self.most_pixels = max(1, _STACK_BYTES * 8 // bits // self.channels)
+            self.tile = choose_tile(shape, room, chunk=self.channels // shape.lanes, most_pixels=self.most_pixels)
 
     def run(self) -> LoopRV:
         """Schedules everything outside the reduction; returns the loop whose body is one register tile."""
