@@ -6,10 +6,13 @@
     y = sign(clip(x, -1, 1))                                  y = bnncc.sign(x, predicate="ternary")
     y = (where(x > 0, 1, -1) - x) + x                         y = bnncc.sign(x, predicate="gt", straight_through=1)
     y = (alpha * sign(w) - clip(w)) + clip(w)                 y = bnncc.sign(w, straight_through=1) * alpha
+    y = (round(v) - v) + v with v = clip(x)                   y = round(v)
 
 First in the pipeline: every later pass knows one form only. It must precede constant folding, because the
 straight-through spelling of a scaled weight rounds: folded as written it would no longer be ±alpha. (Without a scale
 nothing rounds as long as |x| ≤ 2²⁴, where float32 holds x ± 1; beyond, eager gives 0 or NaN, and this pass gives ±1.)
+The last line is no sign, but LSQ's spelling of a rounding; between finite bounds it rounds nothing either: round(v) − v
+is a multiple of v's last bit and at most ½.
 
 How: an expression that reads x only through `sign`, `isnan` and comparisons with zero is constant on each of five
 classes of x (negative, −0, +0, positive, NaN). The pass carries that table of five values through the graph, evaluated
@@ -73,6 +76,8 @@ class _Canonicalize(Rewriter):
             self.same_class[var] = self.class_of(old.args[0])
         if (scaled := self.scaled_straight_through(old)) is not None:
             return scaled
+        if (rounding := self.straight_through_rounding(old)) is not None:
+            return self.replaced(rounding)
         table = self.straight_through(old) or self.table(name, old)
         if table is None:
             return None
@@ -154,6 +159,18 @@ class _Canonicalize(Rewriter):
                 return relax.Call(product.op, factors[::-1] if index else factors, product.attrs)
         return None
 
+    def straight_through_rounding(self, old: relax.Call) -> Any | None:
+        """The variable of round(v), where the call is (round(v) − v) + v and v has finite bounds."""
+        found = self.around_rounding(old)
+        rounding = self.definition.get(found)
+        if not is_call(rounding, "round") or not any(self.same(rounding.args[0], arg) for arg in old.args):
+            return None
+        clamp = self.definition.get(rounding.args[0])
+        if not is_call(clamp, "clip") or not all(map(_is_finite, clamp.args[1:])):
+            self.log.debug("CanonicalizeSign: %s stays a sum: it makes NaN of what is not clamped before", found.name)
+            return None
+        return found
+
     def around_rounding(self, old: relax.Call) -> Any | None:
         """s, where the call is (s − v) + v or v + (s − v)."""
         if not is_call(old, "add"):
@@ -183,6 +200,11 @@ class _Canonicalize(Rewriter):
         *numbers, nan = values.tolist()
         if values.is_floating_point() and set(numbers) == {-1.0, 1.0} and numbers[0] < numbers[3]:
             self.log.debug("CanonicalizeSign: %s stays float: it is ±1 but makes %s of NaN", var.name, nan)
+
+
+def _is_finite(expr: Any) -> bool:
+    number = scalar_of(expr)
+    return number is not None and math.isfinite(number)
 
 
 def _keeps_class(old: relax.Call) -> bool:

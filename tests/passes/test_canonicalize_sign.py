@@ -185,6 +185,37 @@ def test_scaled_straight_through_keeps_its_factor(function, check):
     check(CanonicalizeSign, function((8, 4), rounds), function((8, 4), sign))
 
 
+STEPS = relax.const(0.21, "float32")
+
+
+def clamped(x):
+    return relax.BlockBuilder.current().emit(R_.clip(R_.divide(x, STEPS), -4.0, 3.0))
+
+
+def test_straight_through_rounding(function, check, evaluate, special):
+    """LSQ's: equal to the rounding itself, at ties, infinities and NaN too."""
+
+    def before(x):
+        v = clamped(x)
+        return R_.multiply(R_.add(R_.subtract(R_.round(v), v), v), STEPS)
+
+    for n, values in ((N, special), (4001, torch.linspace(-1.05, 1.05, 4001)), (17, torch.arange(-8, 9) * 0.105)):
+        expected = function((n,), lambda x: R_.multiply(R_.round(clamped(x)), STEPS))
+        after = check(CanonicalizeSign, function((n,), before), expected)
+        got, wanted = evaluate(after, values), evaluate(function((n,), before), values)
+        assert torch.equal(got.nan_to_num(9), wanted.nan_to_num(9))
+
+
+@pytest.mark.parametrize("rounding", [
+    lambda x, v: R_.add(R_.subtract(R_.round(x), x), x),  # NaN where x is infinite
+    lambda x, v: R_.add(R_.subtract(R_.round(v), v), x),
+    lambda x, v: R_.add(R_.subtract(R_.round(v), x), x),
+    lambda x, v: R_.add(R_.subtract(R_.floor(v), v), v),
+])  # fmt: skip
+def test_do_not_take_what_rounds_differently(rounding, function, check_unchanged):
+    check_unchanged(CanonicalizeSign, function((8,), lambda x: rounding(x, clamped(x))))
+
+
 def test_do_not_take_a_straight_through_of_another_variable(function, apply, calls):
     def body(x, y):
         return R_.add(R_.subtract(R_.sign(x), x), y)
