@@ -6,9 +6,13 @@ from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 
+from bnncc.dialect.stages import ROLE
 from bnncc.targets.descriptor import TargetSpec
 
-from .base import dtype_bits, extent, iterations, parallel_outer, partition
+from .base import dtype_bits, extent, iterations, parallel_outer, partition, vector_lanes
+
+#: Steps of an innermost loop that are written one after the other.
+_UNROLLED = 4
 
 
 def schedule_elementwise(sch: Schedule, block: SBlockRV, target: TargetSpec) -> None:
@@ -17,6 +21,9 @@ def schedule_elementwise(sch: Schedule, block: SBlockRV, target: TargetSpec) -> 
     if not loops:
         return
     stage = sch.get(block)
+    if ROLE in stage.annotations and stage.annotations[ROLE] == "pad" and len(loops) == 4:
+        _schedule_pad(sch, block, target)
+        return
     narrowest = min(dtype_bits(region.source.dtype) for region in (*stage.writes, *stage.reads))
     widest = max(dtype_bits(region.source.dtype) for region in (*stage.writes, *stage.reads))
     work = iterations(sch, block) * widest / target.vector_bits
@@ -37,6 +44,21 @@ def schedule_elementwise(sch: Schedule, block: SBlockRV, target: TargetSpec) -> 
         elif outer:
             parallel_outer(sch, outer, work)
         return
+    parallel_outer(sch, outer, work)
+
+
+def _schedule_pad(sch: Schedule, block: SBlockRV, target: TargetSpec) -> None:
+    """Images [N, H, W, C] in larger ones: the border's columns are peeled, so that copying a row asks nothing."""
+    *outer, x, channel = sch.get_loops(block)
+    bits = dtype_bits(sch.get(block).writes[0].source.dtype)
+    work = iterations(sch, block) * bits / target.vector_bits
+    lanes = vector_lanes(target, bits, extent(sch, channel), most_vectors=1)
+    vectors, lane = sch.split(channel, [None, lanes])
+    if lanes > 1:
+        sch.vectorize(lane)
+    if extent(sch, vectors) <= _UNROLLED:
+        sch.unroll(vectors)
+    partition(sch, x)
     parallel_outer(sch, outer, work)
 
 
