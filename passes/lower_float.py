@@ -2,6 +2,7 @@
 
     y = nn.conv2d(x, W, padding, data_layout="NHWC")   -->   p = nn.pad(x, …)
                                                              y = bnncc.conv2d(p, W'[G, OB, KH, KW, I, OL])
+    p = nn.pad(x); y = nn.conv2d(p, W, groups=I)       -->   y = bnncc.depthwise_conv2d(x, W'[KH, KW, I], padding)
     y = matmul(x, W)                                   -->   y = bnncc.dense(x, W'[OB, K, OL])
 
 After `ToNHWC`. Weights of ±1 (times a scale per channel), whose layer stays float because its input is no sign, are
@@ -40,14 +41,16 @@ class _Lower(Rewriter):
         a = attributes(value)
         weight = numpy_of(value.args[1])
         out, per_group, kh, kw = weight.shape
-        x = self.padded(var, value.args[0], a["padding"])
         common = {
             "out_channels": out, "kernel_size": (kh, kw), "strides": a["strides"], "dilation": a["dilation"],
         }  # fmt: skip
         if per_group == 1 and out == a["groups"]:
             self.add_layer(var, "depthwise conv2d", weight, weight.nbytes, 32)
             depthwise = np.ascontiguousarray(weight[:, 0].transpose(1, 2, 0))
-            return call("depthwise_conv2d", [x, relax.const(depthwise)], **common)
+            x, padding = self.unpadded(value.args[0], a["padding"])
+            around = {"padding": padding} if any(padding) else {}
+            return call("depthwise_conv2d", [x, relax.const(depthwise)], **common, **around)
+        x = self.padded(var, value.args[0], a["padding"])
         return call("conv2d", [x, self.packed(var, weight, a["groups"], "conv2d")], **common)
 
     def dense(self, var: Any, value: relax.Call) -> Any:
@@ -73,6 +76,19 @@ class _Lower(Rewriter):
         if op == "linear":
             return self.emit(R.reshape(unpacked, (tiled.shape[1], *tiled.shape[4:])), f"{var.name}__matrix")
         return unpacked
+
+    def unpadded(self, x: Any, padding: Any) -> tuple[Any, tuple[int, int, int, int]]:
+        """An image without the zeros that `nn.pad` put around it, and all the zeros around that."""
+        pad = self.builder.lookup_binding(x) if isinstance(x, relax.Var) else None
+        if not is_call(pad, "nn.pad"):
+            return x, tuple(padding)
+        a = attributes(pad)
+        before, after = a["pad_width"][::2], a["pad_width"][1::2]
+        sides = (before[1], before[2], after[1], after[2])
+        pixels = not any((before[0], after[0], before[3], after[3])) and min(sides) >= 0
+        if a["pad_mode"] != "constant" or not pixels or float(a.get("pad_value", 0.0)) != 0.0:
+            return x, tuple(padding)
+        return pad.args[0], tuple(p + q for p, q in zip(padding, sides, strict=True))
 
     def padded(self, var: Any, x: Any, padding: Any) -> Any:
         if not any(padding):

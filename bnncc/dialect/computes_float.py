@@ -179,21 +179,30 @@ def conv2d(
 
 
 def depthwise_conv2d(
-    x: te.Tensor, w: te.Tensor, *, strides: tuple[int, int] = (1, 1), dilation: tuple[int, int] = (1, 1)
+    x: te.Tensor,
+    w: te.Tensor,
+    *,
+    strides: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+    padding: Padding = (0, 0, 0, 0),
 ) -> te.Tensor:
-    """Depthwise convolution: x [N, H, W, C], already padded, by w [KH, KW, C] → [N, OH, OW, C]."""
+    """Depthwise convolution: x [N, H, W, C], zeros around it, by w [KH, KW, C] → [N, OH, OW, C]."""
     batch, height, width, channels = extents(x)
     kh, kw, _ = extents(w)
-    oh, ow = window(height, kh, strides[0], dilation[0]), window(width, kw, strides[1], dilation[1])
+    top, left, bottom, right = padding
+    oh = window(height + top + bottom, kh, strides[0], dilation[0])
+    ow = window(width + left + right, kw, strides[1], dilation[1])
     i, j = te.reduce_axis((0, kh), "ky"), te.reduce_axis((0, kw), "kx")
-    return staged(
-        (batch, oh, ow, channels),
-        lambda n, y, x_, c: te.sum(
-            x(n, y * strides[0] + i * dilation[0], x_ * strides[1] + j * dilation[1], c) * w(i, j, c), axis=[i, j]
-        ),
-        "depthwise",
-        "depthwise",
-    )
+
+    def product(n: Any, y: Any, x_: Any, c: Any) -> Any:
+        sy, sx = y * strides[0] + i * dilation[0] - top, x_ * strides[1] + j * dilation[1] - left
+        value = x(n, sy, sx, c)
+        if any(padding):
+            inside = tirx.all(sy >= 0, sy < height, sx >= 0, sx < width)
+            value = tirx.if_then_else(inside, value, f32(0.0))
+        return te.sum(value * w(i, j, c), axis=[i, j])
+
+    return staged((batch, oh, ow, channels), product, "depthwise", "depthwise")
 
 
 def dense(x: te.Tensor, w: te.Tensor, *, out_channels: int) -> te.Tensor:

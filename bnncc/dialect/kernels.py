@@ -259,7 +259,7 @@ _ANCHORS: dict[str, Lowered] = {
     "bnncc.xnor_conv2d": _xnor_conv2d,
     "bnncc.conv2d": _conv2d,
     "bnncc.depthwise_conv2d": lambda t, a, _: computes_float.depthwise_conv2d(
-        *t, strides=a["strides"], dilation=a["dilation"]
+        *t, strides=a["strides"], dilation=a["dilation"], padding=a.get("padding", (0, 0, 0, 0))
     ),
     "bnncc.dense": lambda t, a, _: computes_float.dense(*t, out_channels=a["out_channels"]),
     "bnncc.unpack_weights": lambda t, a, _: computes_float.unpack_weights(t[0], a["shape"][-1], t[1]),

@@ -7,7 +7,18 @@ from tvm.s_tir.schedule import SBlockRV
 
 from bnncc.targets.descriptor import TargetSpec
 
-from .base import REDUCED, SPATIAL, Stages, dtype_bits, extent, iterations, last_common, parallel_outer, unroll
+from .base import (
+    REDUCED,
+    SPATIAL,
+    Stages,
+    dtype_bits,
+    extent,
+    iterations,
+    last_common,
+    parallel_outer,
+    partition,
+    unroll,
+)
 
 #: Independent sums that hide the latency of an addition.
 _SUMS = 8
@@ -40,6 +51,8 @@ def schedule_reduction(stages: Stages, block: SBlockRV, target: TargetSpec) -> s
         po, pi = sch.split(outer[-1], [None, _divisor(extent(sch, outer[-1]), _SUMS // vectors)])
         sch.reorder(po, co, pi, cv, lane)
         unroll(sch, pi)
+        if stages.role(block) == "depthwise":
+            partition(sch, po)  # the windows that reach into the padding
         parallel_outer(sch, outer[:-1], work)
     else:
         co = parallel_outer(sch, [*outer, co], work)

@@ -79,6 +79,35 @@ def test_depthwise(function, check, v3):
     )
 
 
+@pytest.mark.parametrize(
+    ("width", "value", "taken"),
+    [
+        ((0, 0, 1, 0, 2, 3, 0, 0), 0.0, True),
+        ((0, 0, 1, 0, 2, 3, 0, 0), 1.0, False),
+        ((0, 0, 1, 1, 1, 1, 1, 2), 0.0, False),
+    ],
+)
+def test_depthwise_takes_zeros_around_its_image(function, check, v3, width, value, taken):
+    channels = 4 + width[6] + width[7]
+    weight = RNG.normal(size=(channels, 1, 3, 3)).astype("float32")
+    attrs = {"out_channels": channels, "kernel_size": (3, 3), "strides": (1, 1), "dilation": (1, 1)}
+    packed = const(weight[:, 0].transpose(1, 2, 0))
+
+    def pad(x):
+        return relax.BlockBuilder.current().emit(R_.nn.pad(x, width, pad_value=value))
+
+    def expected(x):
+        if taken:
+            return call("depthwise_conv2d", [x, packed], **attrs, padding=(2, 3, 1, 4))
+        return call("depthwise_conv2d", [pad(x), packed], **attrs, padding=(1, 1, 1, 1))
+
+    check(
+        LowerFloat(v3),
+        function((1, 9, 9, 4), lambda x: nhwc(pad(x), weight, groups=channels, padding=(1, 1, 1, 1))),
+        function((1, 9, 9, 4), expected),
+    )
+
+
 def test_weight_only_binary_layers_store_bits(function, check, v3):
     alpha = np.linspace(0.1, 0.8, 8, dtype="float32")
     signs = np.sign(W)

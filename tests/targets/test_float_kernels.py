@@ -90,6 +90,18 @@ def test_depthwise_conv2d(target: TargetSpec, channels: int, strides: tuple, dil
     _assert_close_sums(built(x, w, a), np.where(y > 0, y, y * a), 9)
 
 
+@pytest.mark.parametrize("padding", [(1, 1, 1, 1), (0, 0, 1, 1), (2, 1, 0, 3), (0, 4, 0, 0)])
+@pytest.mark.parametrize(("channels", "strides"), [(16, (1, 1)), (64, (2, 2)), (3, (1, 2))])
+def test_depthwise_conv2d_with_zeros_around(target: TargetSpec, channels: int, strides: tuple, padding: tuple) -> None:
+    x, w = _floats(2, 7, 8, channels), _floats(3, 3, channels)
+    built = Kernel(target, lambda x, w: F.depthwise_conv2d(x, w, strides=strides, padding=padding), x, w)
+    assert not emit.unscheduled(built.scheduled)
+    padded = reference.pad_pixels(x, padding, 0)
+    _assert_close_sums(
+        built(x, w), reference.conv2d(padded, w.transpose(2, 0, 1)[:, None], strides, (1, 1), channels), 9
+    )
+
+
 SPECIAL = np.array([np.nan, 0.0, -0.0, np.inf, -np.inf, 1e-45, -1e-45, 1.0, -1.0, 0.5, -0.5, 3e38, -3e38], np.float32)
 
 
