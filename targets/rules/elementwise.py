@@ -9,7 +9,7 @@ from tvm.s_tir.schedule import SBlockRV
 from bnncc.dialect.stages import ROLE
 from bnncc.targets.descriptor import TargetSpec
 
-from .base import dtype_bits, extent, iterations, parallel_outer, partition, vector_lanes
+from .base import TASK_WORK, dtype_bits, extent, iterations, parallel_outer, partition, vector_lanes
 
 #: Steps of an innermost loop that are written one after the other.
 _UNROLLED = 4
@@ -48,7 +48,7 @@ def schedule_elementwise(sch: Schedule, block: SBlockRV, target: TargetSpec) -> 
 
 
 def _schedule_pad(sch: Schedule, block: SBlockRV, target: TargetSpec) -> None:
-    """Images [N, H, W, C] in larger ones: the border's columns are peeled, so that copying a row asks nothing."""
+    """Images [N, H, W, C] in larger ones: the border is peeled, so that copying the inside asks nothing."""
     *outer, x, channel = sch.get_loops(block)
     bits = dtype_bits(sch.get(block).writes[0].source.dtype)
     work = iterations(sch, block) * bits / target.vector_bits
@@ -59,7 +59,10 @@ def _schedule_pad(sch: Schedule, block: SBlockRV, target: TargetSpec) -> None:
     if extent(sch, vectors) <= _UNROLLED:
         sch.unroll(vectors)
     partition(sch, x)
-    parallel_outer(sch, outer, work)
+    if work < 2 * TASK_WORK:
+        partition(sch, outer[-1])  # a parallel loop stays whole
+    else:
+        parallel_outer(sch, outer, work)
 
 
 def _lanes(length: int, least: int, most: int) -> int:
