@@ -62,8 +62,9 @@ def unscheduled(mod: tvm.IRModule) -> list[str]:
 def build(mod: tvm.IRModule, target: TargetSpec) -> tvm.runtime.Executable:
     """Schedules and compiles; the result runs in this process where the machine allows it."""
     scheduled = schedule(mod, target)
-    with tvm.transform.PassContext(config=_CONFIG):
-        return tvm.compile(scheduled, target=Target(target.tvm()))
+    machine = Target(target.tvm())
+    with machine, tvm.transform.PassContext(config=_CONFIG):  # operators with lowerings of their own ask for the target
+        return tvm.compile(scheduled, target=machine)
 
 
 _CONFIG = {"s_tir.LoopPartition": {"partition_const_loop": True}}

@@ -8,7 +8,8 @@ from typing import Any
 
 from tvm import te, tirx
 
-from .scalars import f32, unless_nan
+from .larger import larger
+from .scalars import f32
 from .stages import Padding, extents, nearest, staged
 
 
@@ -55,9 +56,7 @@ def max_pool2d(
     bottom = max(padding[2], (oh - 1) * strides[0] + reach[0] - height - padding[0])
     right = max(padding[3], (ow - 1) * strides[1] + reach[1] - width - padding[1])
     lowest = f32(-math.inf)
-    reducer = te.comm_reducer(
-        lambda kept, new: tirx.Select(new > kept, new, unless_nan(new, kept)), lambda _: lowest, name="larger"
-    )
+    reducer = te.comm_reducer(larger, lambda _: lowest, name="larger")
     sides = (padding[0], padding[1], bottom, right)
     i, j, at = _pool_index(pool_size, strides, sides, height, width, dilation)
 
