@@ -4,6 +4,7 @@
     y = bnncc.binary_conv2d(s, W, padding)     -->     a = bnncc.xnor_conv2d(memory.view(p, words), packed W)
                                                        y = astype(a, "float32")
     b = bnncc.threshold(y, t)                          q = bnncc.threshold_pack(a, t, layout)
+    r = nn.relu(y)                                     r = astype(maximum(a, 0), "float32")
 
 After `ToNHWC`. A layer packs what it reads, in the layout it reads (groups, padding); equal packs are one. The float
 spelling of a sign stays for readers that need floats and is dead otherwise. Zero padding of ±1 values is padding with
@@ -45,6 +46,9 @@ class _Pack(Rewriter):
             return self.conv(var, old)
         if is_call(old, "bnncc.binary_dense"):
             return self.dense(var, old)
+        if is_call(old, "nn.relu") and old.args[0] in self.accumulators and len(shape_of(var)) == 4:
+            positive = R.maximum(self.accumulators[old.args[0]], relax.const(0, "int32"))
+            return R.astype(self.emit(positive, f"{var.name}__positive"), "float32")
         return None
 
     # -- layers --------------------------------------------------------------------------------------------------

@@ -102,7 +102,11 @@ def _dots(
     def dot(n: Any, y: Any, x_: Any, o: Any) -> Any:
         g, within = (0, o) if groups == 1 else (tirx.floordiv(o, group_out), tirx.floormod(o, group_out))
         b, lane = (0, within) if blocks == 1 else (tirx.floordiv(within, lanes), tirx.floormod(within, lanes))
-        count = _as("int32", counts(n, y, x_, g, b, lane))
+        narrow = counts(n, y, x_, g, b, lane)
+        if str(counts.dtype) == "uint16" and depth is not None and n_eff is None and depth < 1 << 15:
+            short = tirx.Cast("int16", narrow)  # twice as many lanes to a vector
+            return tirx.Cast("int32", tirx.const(depth, "int16") - short * tirx.const(2, "int16"))
+        count = _as("int32", narrow)
         if depth is None:
             return count
         return (n_eff(o) if n_eff is not None else tirx.const(depth, "int32")) - count * 2

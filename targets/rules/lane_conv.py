@@ -30,8 +30,8 @@ from .base import REDUCED, SPATIAL, Stages, last_common, unroll
 from .nests import schedule_rest
 from .register_tile import Shape, Tile, TiledAnchor, _cols, _fused_pack, _Nest, _shape
 
-#: Vectors of pixels in a tile of eight channels: of 32 registers, 24 accumulate.
-_MOST_PIXELS = 3
+#: Vectors of pixels in a tile of eight channels: with 24 sums of 32 registers, LLVM begins to spill.
+_MOST_PIXELS = 2
 
 
 class LaneConv(TiledAnchor):

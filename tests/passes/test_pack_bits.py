@@ -12,7 +12,7 @@ from tvm import relax
 from tvm.relax import op as R_
 
 from bnncc.dialect.ops import attributes, call, is_call
-from bnncc.passes.pack_bits import PackBits, pack_weight, zero_padding_correction
+from bnncc.passes.pack_bits import PackBits, pack_weight, reduction_in_lanes, zero_padding_correction
 from bnncc.passes.rewriter import LAYERS, ORIGINS, Origin, numpy_of, origins_of
 from bnncc.runtime.bits import BitLayout
 
@@ -274,3 +274,33 @@ def test_correction_turns_padding_with_minus_one_into_padding_with_zero(drawn, s
     assert {a.dtype.name for a in (correction, rows, cols)} == {"int32"}
     added = correction[rows[:, None], cols[None, :]].transpose(2, 0, 1)  # [OH, OW, O] → [O, OH, OW]
     assert np.array_equal(eager(-1.0) + added, eager(0.0))
+
+
+def test_relu_of_a_product_is_one_of_integers(function, check, v3):
+    def expected(x):
+        positive = emit(R_.maximum(xnor(words(pack(x), (1, 6, 5, 1)), W), relax.const(0, "int32")))
+        return R_.astype(positive, "float32")
+
+    check(
+        PackBits(v3),
+        function(SHAPE, lambda x: R_.nn.relu(conv(sign(x)))),
+        function(SHAPE, expected),
+    )
+
+
+def test_do_not_turn_the_relu_of_a_sum_into_integers(function, calls, v3):
+    after = PackBits(v3)(function(SHAPE, lambda x: R_.nn.relu(emit(R_.add(conv(sign(x)), relax.const(0.5))))))
+    assert "nn.relu" in calls(after) and "maximum" not in calls(after)
+
+
+@pytest.mark.parametrize(("channels", "copies"), [(512, 1), (128, 1), (64, 2), (32, 4)])
+def test_reduction_in_lanes_keeps_the_bytes_of_each_output(channels, copies):
+    weight = RNG.choice([-1.0, 1.0], (16, channels, 2, 3)).astype("float32")
+    layout = BitLayout.for_target(channels, 1, 8, 8)
+    vectors = reduction_in_lanes(pack_weight(weight, 1, 8, layout.lanes, 8), 16)
+    assert vectors.shape == (2, 2, 3, max(1, channels // 128), 8, 16)
+    own = np.moveaxis(vectors, 4, 1).reshape(16, 2, 3, -1)  # [O, KH, KW, bytes]
+    size = channels // 8
+    for copy in range(copies):
+        bits = layout.unpack(own[..., copy * size : (copy + 1) * size])
+        np.testing.assert_array_equal(bits, weight.transpose(0, 2, 3, 1) > 0)
