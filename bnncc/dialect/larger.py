@@ -34,10 +34,18 @@ def _lowered(call: Any) -> Any:
     return tirx.Select(new > kept, new, tirx.Select(_llvm("llvm.arithmetic.fence", new) == new, kept, new))
 
 
-for _key, _value in (
-    ("TCallEffectKind", Op.get("tirx.exp").get_attr("TCallEffectKind")),
-    ("TVectorizable", True),
-    ("TScriptPrinterName", "bnncc_larger"),
-    ("default.FLowerIntrinsic", _lowered),
-):
-    register_op_attr(_NAME, _key, _value)
+def _register() -> None:
+    import tvm.script.parser.tirx as parser
+    import tvm.script.tirx as script
+
+    for key, value in (
+        ("TCallEffectKind", Op.get("tirx.exp").get_attr("TCallEffectKind")),
+        ("TVectorizable", True),
+        ("TScriptPrinterName", "bnncc_larger"),
+        ("default.FLowerIntrinsic", _lowered),
+    ):
+        register_op_attr(_NAME, key, value)
+    script.bnncc_larger = parser.bnncc_larger = larger  # type: ignore[attr-defined]
+
+
+_register()
