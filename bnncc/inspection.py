@@ -41,8 +41,8 @@ class Finding:
 
     path: of the module; "" is the model's own forward.
     operator: of the layer with weights, else ATen's operators.
-    becomes: "binary", "bitserial", "weight-only binary" (bits that are unpacked once, float arithmetic), "float",
-        "folded" (into the layer after or before it, or into a constant), or "refused".
+    becomes: "binary", "bitserial", "integer", "weight-only binary" (bits that are unpacked once, float arithmetic),
+        "float", "folded" (into the layer after or before it, or into a constant), or "refused".
     layer: bits, multiply-accumulates and bytes, where it has weights.
     reason: why it is refused.
     """
@@ -121,6 +121,4 @@ def becomes(layer: Layer) -> str:
     """The kind of arithmetic of a layer with weights."""
     if layer.activation_bits == 32:
         return "float" if layer.weight_bits == 32 else "weight-only binary"
-    return (
-        "binary" if layer.activation_bits <= 2 and layer.weight_bits <= 2 and "serial" not in layer.op else "bitserial"
-    )
+    return next((kind for kind in ("bitserial", "integer") if layer.op.startswith(kind)), "binary")

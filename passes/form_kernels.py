@@ -18,6 +18,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ STEPS = "bnncc.steps"
 #: Operators that only rename memory.
 ALIASES = ("reshape", "memory.view")
 
-_PACKS = ("bnncc.pack", "bnncc.pack_levels", "bnncc.threshold_pack", "bnncc.lookup_pack")
+_PACKS = ("bnncc.pack", "bnncc.pack_levels", "bnncc.pack_bytes", "bnncc.threshold_pack", "bnncc.lookup_pack")
 
 # How many bindings a diamond behind an anchor may span before the search for its end is given up.
 _DIAMOND = 16
@@ -272,6 +273,7 @@ class _Form(Rewriter):
         call = relax.call_tir(kernel, inputs, types[0] if len(types) == 1 else types)
         made = self.builder.emit(call, results[0].name if len(results) == 1 else f"{results[0].name}__kernel")
         self.steps[made.name] = json.dumps(self.step(group))
+        self.widen_steps(group, results)
         for index, var in enumerate(results):
             single = made if len(results) == 1 else self.builder.emit(relax.TupleGetItem(made, index), var.name)
             self.made(var, single)
@@ -297,6 +299,13 @@ class _Form(Rewriter):
         self._new[old] = new
         if old in self.callers_memory:
             self.callers_values.add(new)
+
+    def widen_steps(self, group: _Group, results: list[Any]) -> None:
+        """A value quantized twice on its way may be off by a step of each quantizer."""
+        inner = {o.step for v in group.members if str(v.ty.dtype) == "float32" and (o := self.origin(v)) and o.step}
+        for var in results:
+            if (origin := self.origin(var)) and origin.step:
+                self.origins[var.name] = replace(origin, step=sum(inner | {origin.step}))
 
     def leaves(self, var: Any, group: _Group) -> bool:
         return var in self.outputs or any(u not in group.members for u in self.users.get(var, []))

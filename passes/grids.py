@@ -29,6 +29,12 @@ MOST_LEVELS = 256
 # How far a value may lie from its point on the grid, in steps: rounding errors of a few ulp.
 _SLACK = 1e-3
 
+# So few values may leave gaps that are no multiples of one of them: every scale is tried.
+_FEW_VALUES = 64
+
+# The same for a weight, as a share of the largest: its values are few, and so are the roundings that gave them.
+_WEIGHT_SLACK = 8 * 2.0**-24
+
 _ROUNDINGS = {"round", "floor", "ceil", "trunc"}
 _SCALAR_ARITHMETIC = {"add", "subtract", "multiply", "divide", "maximum", "minimum"}
 _MONOTONE = _SCALAR_ARITHMETIC | _ROUNDINGS | {
@@ -239,12 +245,14 @@ def _integers(row: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray] | Non
     gaps = gaps[gaps > least]  # smaller ones are rounding errors between equal values
     if not len(gaps):
         return None
-    for parts in (1, 2, 3):
-        scale = gaps.min() / parts
+    scales = [gaps.min() / parts for parts in (1, 2, 3)]
+    if len(values) <= _FEW_VALUES:
+        scales += [values[-1] / n for n in range(1, most + 1)]
+    for scale in scales:
         integers = np.rint(row / scale)
         if np.abs(integers).max() <= most and np.abs(row / scale - integers).max() <= _SLACK * most:
             scale = float((row * integers).sum() / (integers**2).sum())
-            if np.abs(row / scale - integers).max() <= _SLACK:
+            if np.abs(row / scale - integers).max() <= _WEIGHT_SLACK * np.abs(integers).max():
                 exact = np.float64(np.float32(scale))
                 return integers.astype("int32"), np.array([exact if (integers * exact == row).all() else scale])
     return None

@@ -81,13 +81,13 @@ def _binary_conv(p: Any, old: relax.Call) -> Any:
     )  # fmt: skip
 
 
-def _bitserial_conv(p: Any, old: relax.Call) -> Any:
+def _integer_conv(p: Any, old: relax.Call) -> Any:
     a = attributes(old)
     weight = numpy_of(old.args[1])
     source = _unfolded(p, old, weight.shape[2], a["pad_value"]) if weight.ndim == 5 else p.image(old.args[0])
     kept = {key: a[key] for key in ("groups", "pad_steps", "pad_value", "first", "every")}
     return call(
-        "bitserial_conv2d", [source, relax.const(_two_axis_weight(weight)), old.args[2]],
+        "integer_conv2d", [source, relax.const(_two_axis_weight(weight)), old.args[2]],
         **_in_two_axes(a, weight.ndim), **kept, data_layout="NHWC",
     )  # fmt: skip
 
@@ -230,7 +230,7 @@ def _strided_slice(p: Any, old: relax.Call) -> Any | None:
 OPERATORS: dict[str, Operator] = {
     **dict.fromkeys(("nn.conv1d", "nn.conv2d", "nn.conv3d"), _conv),
     **dict.fromkeys(("bnncc.binary_conv1d", "bnncc.binary_conv2d", "bnncc.binary_conv3d"), _binary_conv),
-    **dict.fromkeys(("bnncc.bitserial_conv1d", "bnncc.bitserial_conv2d", "bnncc.bitserial_conv3d"), _bitserial_conv),
+    **dict.fromkeys(("bnncc.integer_conv1d", "bnncc.integer_conv2d", "bnncc.integer_conv3d"), _integer_conv),
     **dict.fromkeys(("bnncc.scale_shift", "bnncc.threshold", "bnncc.lookup"), _with_axis),
     **dict.fromkeys(("nn.max_pool1d", "nn.max_pool2d", "nn.max_pool3d"), _pool),
     **dict.fromkeys(("nn.avg_pool1d", "nn.avg_pool2d", "nn.avg_pool3d"), _pool),

@@ -15,7 +15,7 @@ from bnncc.passes.canonicalize_sign import CanonicalizeSign
 from bnncc.passes.fold_constants import FoldConstants
 from bnncc.passes.form_kernels import STEPS, FormKernels
 from bnncc.passes.fuse_binary_conv import FuseBinaryConv
-from bnncc.passes.fuse_bitserial_conv import FuseBitserialConv
+from bnncc.passes.fuse_integer_conv import FuseIntegerConv
 from bnncc.passes.fuse_threshold import FuseThreshold
 from bnncc.passes.hoist_reshape import HoistReshape
 from bnncc.passes.lower_batch_norm import LowerBatchNorm
@@ -23,6 +23,7 @@ from bnncc.passes.lower_float import LowerFloat
 from bnncc.passes.mark_quantized import MarkQuantized
 from bnncc.passes.own_outputs import OwnOutputs
 from bnncc.passes.pack_bits import PackBits
+from bnncc.passes.pack_bytes import PackBytes
 from bnncc.passes.pack_planes import PackPlanes
 from bnncc.passes.plan_memory import plan_memory
 from bnncc.passes.rewriter import LAYERS, ORIGINS, origins_of
@@ -49,7 +50,7 @@ def phases(target: Any) -> list[tuple[str, list[Any]]]:
             "fuse: what the model means, in binary operators and the model's own layout",
             [
                 FuseBinaryConv,  # weights are constants by now
-                FuseBitserialConv,  # what is not binary but has few bits
+                FuseIntegerConv,  # what is not binary but has few bits
                 FuseThreshold,  # evaluates whole batch norms, so before they are lowered
                 LowerBatchNorm,
             ],
@@ -60,6 +61,7 @@ def phases(target: Any) -> list[tuple[str, list[Any]]]:
                 ToNHWC,
                 PackBits(target),  # reads NHWC
                 PackPlanes(target),
+                PackBytes(target),  # integers of more bits than planes are good for
                 LowerFloat(target),
             ],
         ),

@@ -93,3 +93,51 @@ class BitLayout:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class ByteLayout:
+    """How the channel axis of a tensor of levels lies in bytes, where a value takes more bits than planes are good for.
+
+    channels: the true number of channels, all groups together; a multiple of `groups`. Each group is padded to whole
+    words of four bytes, which hold 0.
+    offset: what is subtracted from a level: 0 (stored as uint8) or 128 (as int8).
+    """
+
+    channels: int
+    groups: int
+    offset: int
+
+    @property
+    def group_channels(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of one group of one pixel, padding included."""
+        return -(-self.group_channels // 4) * 4
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one pixel."""
+        return self.groups * self.group_bytes
+
+    @property
+    def dtype(self) -> str:
+        return "int8" if self.offset else "uint8"
+
+    def pack(self, levels: np.ndarray) -> np.ndarray:
+        """Levels 0 … 255 [..., channels] as bytes [..., bytes] of `dtype`."""
+        pixels = levels.shape[:-1]
+        padded = np.zeros((*pixels, self.groups, self.group_bytes), self.dtype)
+        padded[..., : self.group_channels] = levels.reshape(*pixels, self.groups, -1).astype(np.int16) - self.offset
+        return padded.reshape(*pixels, self.bytes)
+
+    def unpack(self, stored: np.ndarray) -> np.ndarray:
+        """Bytes [..., bytes] as levels, int16 [..., channels]."""
+        pixels = stored.shape[:-1]
+        grouped = stored.reshape(*pixels, self.groups, self.group_bytes)[..., : self.group_channels]
+        return grouped.reshape(*pixels, self.channels).astype(np.int16) + np.int16(self.offset)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -4,7 +4,8 @@ A tensor's entry in the manifest may carry ``value``: ``{"node": name, "order": 
 Axis i of the stored array is axis ``order[i]`` of the node's value. Packed tensors state their `BitLayout` and besides
 ``planes`` (2 for −1/0/+1 values), ``padding`` (top, left, bottom, right pixels around the value) and ``pad_value``
 (−1, 0 or +1, what those pixels hold). With ``levels``, the planes hold the bits of an index into that list of values;
-pixels of the padding have index 0. ``step`` is the distance of two neighbours of a quantized value.
+pixels of the padding have index 0. With ``offset`` as well, the index less that offset is a byte of its own, a
+`ByteLayout`, and the padding has index ``pad_level``. ``step`` is the distance of two neighbours of a quantized value.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bnncc.runtime.bits import BitLayout
+from bnncc.runtime.bits import BitLayout, ByteLayout
 from bnncc.runtime.errors import BnnccError
 from bnncc.runtime.manifest import TensorEntry
 
@@ -28,7 +29,7 @@ class StoredValue:
     dtype: str
     node: str
     order: tuple[int, ...] | None
-    layout: BitLayout | None
+    layout: BitLayout | ByteLayout | None
     planes: int = 1
     padding: tuple[int, int, int, int] = (0, 0, 0, 0)
     pad_value: int = -1
@@ -42,9 +43,11 @@ class StoredValue:
         if value is None:
             return None
         bits = value["bits"] or {}
-        layout = (
-            BitLayout(bits["channels"], bits["groups"], bits["word_bits"], bits["lanes"]) if value["bits"] else None
-        )
+        layout: BitLayout | ByteLayout | None = None
+        if "offset" in bits:
+            layout = ByteLayout(bits["channels"], bits["groups"], bits["offset"])
+        elif bits:
+            layout = BitLayout(bits["channels"], bits["groups"], bits["word_bits"], bits["lanes"])
         return cls(
             id=tensor["id"],
             shape=tuple(tensor["shape"]),
@@ -54,7 +57,7 @@ class StoredValue:
             layout=layout,
             planes=bits.get("planes", 1),
             padding=tuple(bits.get("padding", (0, 0, 0, 0))),
-            pad_value=bits.get("pad_value", -1),
+            pad_value=bits.get("pad_level", 0) if "levels" in bits else bits.get("pad_value", -1),
             levels=np.array(bits["levels"], np.float32) if "levels" in bits else None,
             step=value.get("step"),
         )
@@ -64,7 +67,8 @@ class StoredValue:
         """The value's shape in stored axes, without padding."""
         if self.layout is None:
             return self.shape
-        axes = list(self.shape[: -1 if self.planes == 1 and self.levels is None else -2])
+        plane_axis = isinstance(self.layout, BitLayout) and (self.planes > 1 or self.levels is not None)
+        axes = list(self.shape[: -2 if plane_axis else -1])
         if len(axes) == 3:
             top, left, bottom, right = self.padding
             axes[1] -= top + bottom
@@ -87,7 +91,9 @@ class StoredValue:
         top, left, bottom, right = self.padding
         if any(self.padding):
             widths = ((0, 0), (top, bottom), (left, right), (0, 0))
-            plain = np.pad(plain, widths, constant_values=0 if self.levels is not None else self.pad_value)
+            plain = np.pad(plain, widths, constant_values=self.pad_value)
+        if isinstance(self.layout, ByteLayout):
+            return self.layout.pack(plain)
         if self.levels is not None:
             planes = [self.layout.pack((plain >> plane & 1).astype(bool)) for plane in range(self.planes)]
             return np.stack(planes, axis=-2).view(self.dtype).reshape(self.shape)
@@ -103,6 +109,8 @@ class StoredValue:
         top, left, bottom, right = self.padding
         if any(self.padding):
             stored = stored[:, top : stored.shape[1] - bottom, left : stored.shape[2] - right]
+        if isinstance(self.layout, ByteLayout) and self.levels is not None:
+            return self.levels[np.clip(self.layout.unpack(stored), 0, len(self.levels) - 1)]
         if self.levels is not None:
             index = sum(self.layout.unpack(stored[..., p, :]).astype(int) << p for p in range(self.planes))
             return self.levels[np.minimum(index, len(self.levels) - 1)]

@@ -29,6 +29,8 @@ _CPUINFO = {
     "avx512vnni": "avx512_vnni", "avx512ifma": "avx512ifma", "gfni": "gfni",
 }  # fmt: skip
 
+#: AArch64 processors that execute in order.
+_IN_ORDER = ("cortex-a34", "cortex-a35", "cortex-a53", "cortex-a55")
 #: Output channels of one tile where the reduction of a binary convolution is in the lanes: their sums fill a vector.
 _LANE_BLOCK = 8
 #: Bytes of a reduction below which sums across lanes cost more than broadcasting the input.
@@ -48,6 +50,9 @@ class TargetSpec:
     popcount: how a binary product counts, see `bnncc.targets.rules.binary_conv`:
         "vector" (one instruction), "table" (LLVM's lookup by byte shuffles), "scalar" (POPCNT of single words),
         "bytes" (accumulators of a byte).
+    dot: the instructions for products of bytes, see `bnncc.targets.intrinsics`.
+    most_plane_pairs: bit planes of the activation times those of the weight up to which counting bits is faster than
+        multiplying bytes.
     llvm_level: LLVM's optimization level.
     zig, zig_static: the linker's triples for a shared library and for a static executable.
     """
@@ -63,6 +68,8 @@ class TargetSpec:
     registers: int
     word_bits: int
     popcount: str
+    dot: str
+    most_plane_pairs: int
     max_lanes: int = 16
     lane_bytes: int = 0
     llvm_level: int = 3
@@ -103,6 +110,19 @@ class TargetSpec:
         """The same for a float convolution or dense layer."""
         return _lanes(self.float_lanes, group_out)
 
+    def byte_lanes(self, group_out: int) -> int:
+        """The same for an integer convolution: no more than there are channels, for its instructions fill all of them,
+        and at least 128 bits."""
+        lanes = self.vector_bits // 32
+        while lanes > max(4, group_out):
+            lanes //= 2
+        return lanes
+
+    @property
+    def byte_offset(self) -> int:
+        """What is subtracted from the levels of quantized values, so that they fit the type that `dot` multiplies."""
+        return 0 if self.dot in ("vnni", "maddwd") else 128
+
     def tvm(self) -> dict[str, Any]:
         """What `tvm.target.Target` is made from."""
         config: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu}
@@ -136,30 +156,35 @@ def _x86(name: str, cpu: str, features: tuple[str, ...], description: str) -> Ta
         word_bits=32 if counts else 64,
         # On 128 bits a table takes ten instructions for two words, POPCNT four to a word.
         popcount="vector" if counts else "table" if "avx2" in features else "scalar",
+        dot="vnni" if wide and "avx512_vnni" in features else "maddwd",
+        most_plane_pairs=4,
         # LLVM halves its vectors on some processors although full ones serve these kernels better.
         llvm_features=("-prefer-256-bit",) if wide else (),
         description=description,
     )
 
 
-def _aarch64(name: str, cpu: str, description: str) -> TargetSpec:
+def _aarch64(name: str, cpu: str, description: str, *, dotprod: bool = False) -> TargetSpec:
     return TargetSpec(
         name=name,
         arch="aarch64",
-        cpu=cpu,
+        # LLVM unrolls loops four times for these, and spills; its generic schedule is one for in-order cores, too.
+        cpu="generic" if cpu in _IN_ORDER else cpu,
         triple="aarch64-linux-gnu",
         zig="aarch64-linux-gnu.2.28",
         zig_static="aarch64-linux-musl",
-        features=("fp", "asimd"),
+        features=("fp", "asimd", "asimddp") if dotprod else ("fp", "asimd"),
         vector_bits=128,
         registers=32,
         word_bits=8,
         popcount="bytes",
+        dot="sdot" if dotprod else "smull",
+        most_plane_pairs=4,
         max_lanes=8,
         lane_bytes=16,
         # Level 3 unrolls the steps of a binary convolution, then spills their sums.
         llvm_level=2,
-        llvm_features=("+neon",),
+        llvm_features=("+neon", "+dotprod") if dotprod else ("+neon",),
         description=description,
     )
 
@@ -170,7 +195,10 @@ _REGISTERED = {
         _x86("x86-64-v2", "x86-64-v2", _V2, "any x86-64 since about 2009 (SSE4.2, POPCNT)"),
         _x86("x86-64-v3", "x86-64-v3", _V3, "x86-64 with AVX2 and FMA (Haswell, Zen and later)"),
         _x86("x86-64-v4", "x86-64-v4", _V4, "x86-64 with AVX-512 (Skylake-X, Zen 4 and later)"),
+        _aarch64("rpi3", "cortex-a53", "Raspberry Pi 3, 64-bit system (Cortex-A53)"),
+        _aarch64("rpi-zero2", "cortex-a53", "Raspberry Pi Zero 2 W, 64-bit system (Cortex-A53)"),
         _aarch64("rpi4", "cortex-a72", "Raspberry Pi 4, 64-bit system (Cortex-A72)"),
+        _aarch64("rpi5", "cortex-a76", "Raspberry Pi 5 (Cortex-A76)", dotprod=True),
         _aarch64("aarch64", "generic", "any 64-bit ARM"),
     )
 }
@@ -220,7 +248,7 @@ def native() -> TargetSpec:
         spec = _x86("native", cpu, features, f"this machine ({cpu})")
         return replace(spec, llvm_features=(*spec.llvm_features, *hidden))
     if machine in ("aarch64", "arm64"):
-        return replace(_aarch64("native", cpu, f"this machine ({cpu})"))
+        return _aarch64("native", cpu, f"this machine ({cpu})", dotprod="asimddp" in _cpuinfo_features())
     raise BnnccError(f"no native target for a {machine} machine: name one of {', '.join(_REGISTERED)}")
 
 
@@ -231,7 +259,8 @@ def _by_cpu(name: str) -> TargetSpec | None:
         if "64bit" in features and "sse4.2" in features:
             return _x86(name, name, _x86_features(features), f"x86-64 processor {name}")
     elif name in _cpu_names("aarch64-linux-gnu"):
-        return _aarch64(name, name, f"64-bit ARM processor {name}")
+        dotprod = "dotprod" in _llvm_features("aarch64-linux-gnu", name)
+        return _aarch64(name, name, f"64-bit ARM processor {name}", dotprod=dotprod)
     return None
 
 
@@ -258,7 +287,7 @@ def _cpuinfo_features() -> frozenset[str]:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as f:
             for line in f:
                 key, _, value = line.partition(":")
-                if key.strip() == "flags":
+                if key.strip() in ("flags", "Features"):
                     return frozenset(value.split())
     except OSError:
         pass

@@ -14,10 +14,10 @@ from tvm import relax, te, tirx
 from tvm.ir import GenericConst, register_op_attr
 from tvm_ffi import structural_equal
 
-from bnncc.dialect import computes, computes_float, computes_images, computes_planes
+from bnncc.dialect import computes, computes_bytes, computes_float, computes_images, computes_planes
 from bnncc.dialect.computes_float import clip_value, fma, relu_value, rounded
 from bnncc.dialect.ops import attributes, dtype_of, op_name, shape_of
-from bnncc.runtime.bits import BitLayout
+from bnncc.runtime.bits import BitLayout, ByteLayout
 
 Lowered = Callable[[Sequence[Any], dict[str, Any], relax.Call], te.Tensor]
 
@@ -203,6 +203,20 @@ def _plane_conv2d(args: Sequence[Any], a: dict[str, Any], _: relax.Call) -> te.T
     return computes.padding_correction(total, *correction) if a["corrected"] else total
 
 
+def _byte_conv2d(args: Sequence[Any], a: dict[str, Any], _: relax.Call) -> te.Tensor:
+    x, w, base, *correction = args
+    total = computes_bytes.byte_conv2d(
+        x, w, base, out_channels=a["out_channels"], factor=a["factor"], wide=bool(a["wide"]),
+        strides=a["strides"], dilation=a["dilation"],
+    )  # fmt: skip
+    return computes.padding_correction(total, *correction) if a["corrected"] else total
+
+
+def _pack_bytes(args: Sequence[Any], a: dict[str, Any], _: relax.Call) -> te.Tensor:
+    layout = ByteLayout(a["channels"], a["groups"], a["offset"])
+    return computes_bytes.pack_bytes(*(*args, layout), most=a["most"], padding=a["padding"], pad_level=a["pad_level"])
+
+
 def _conv2d(args: Sequence[Any], a: dict[str, Any], _: relax.Call) -> te.Tensor:
     return computes_float.conv2d(*args, out_channels=a["out_channels"], strides=a["strides"], dilation=a["dilation"])
 
@@ -268,6 +282,8 @@ _ANCHORS: dict[str, Lowered] = {
         *(*t, layout_of(a)), planes=a["planes"], padding=a["padding"]
     ),
     "bnncc.plane_conv2d": _plane_conv2d,
+    "bnncc.pack_bytes": _pack_bytes,
+    "bnncc.byte_conv2d": _byte_conv2d,
     "bnncc.threshold_pack": lambda t, a, _: computes.threshold_pack(t[0], t[1], layout_of(a)),
     "bnncc.lookup_pack": lambda t, a, _: computes.lookup_pack(
         t[0], t[1], layout_of(a), lowest=a["lowest"], step=a["step"]

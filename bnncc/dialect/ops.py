@@ -13,9 +13,9 @@ Semantic operators still speak of ±1 floats in the model's own shapes; the fusi
     resample(x, index, weight) {axis}                    Σ over k of weight[k, o] · x[index[k, o]] along an axis;
     pool_axis(x, index, count) {axis, kind}              max or mean of x at index[0 … count[o], o]
     binary_dense(x, w)                                   x [N, K], w a ±1/0 constant [O, K]
-    bitserial_conv1d/2d/3d(x, w, values)                 x is one of `values` (float32, ascending), its levels, each an
+    integer_conv1d/2d/3d(x, w, values)                   x is one of `values` (float32, ascending), its levels, each an
             {…, pad_steps, first, every}                 integer ``first + every · level`` times a scale; w holds small
-    bitserial_dense(x, w, values) {first, every}         integers; the result is the exact sum of integer products
+    integer_dense(x, w, values) {first, every}           integers; the result is the exact sum of integer products
     threshold(acc, t)                                    +1 where acc ≥ t[channel], else −1
     lookup(acc, table) {lowest, step}                    +1 where table[channel, (acc − lowest) / step], else −1
     rescale(acc, alpha)                                  acc · alpha, where eager rounds in another order: never exact
@@ -28,6 +28,8 @@ Packed operators are what kernels compute. Activations are NHWC, packed tensors 
     xnor_conv2d(x, w[, n_eff][, correction, rows, cols]) {…} → int32 accumulator
     pack_levels(x, lowest, inverse) {planes, padding, …layout}      levels of quantized values, one plane for each bit
     plane_conv2d(x, w, base[, correction, rows, cols]) {form, factor, …} → int32 accumulator
+    pack_bytes(x, lowest, inverse) {most, padding, pad_level, channels, groups, offset}    the same levels, a byte each
+    byte_conv2d(x, w, base[, correction, rows, cols]) {factor, wide, …} → int32 accumulator
     scale_shift(x, a, b) {axis}                          fma(x, a, b): batch norm exactly as ATen evaluates it
     conv2d(x, w), depthwise_conv2d, dense                float, weights laid out for the target's register tile
     unpack_weights(w)                                    float weights from bits, once per instance
@@ -48,6 +50,8 @@ from typing import Any, TypeGuard
 import tvm
 from tvm import ir, relax
 from tvm.ir import Op
+
+from bnncc.runtime.bits import ByteLayout
 
 #: predicate → when the bit is 1 (the value +1). They differ at ±0 and NaN only.
 PREDICATES = {
@@ -179,6 +183,14 @@ def _pack_levels(call_: relax.Call, _: Any) -> Any:
     return relax.TensorType((*pixels, a["planes"], size), "uint8")
 
 
+def _pack_bytes(call_: relax.Call, _: Any) -> Any:
+    a = attributes(call_)
+    n, h, w, _c = shape_of(call_.args[0])
+    top, left, bottom, right = a["padding"]
+    layout = ByteLayout(a["channels"], a["groups"], a["offset"])
+    return relax.TensorType((n, h + top + bottom, w + left + right, layout.bytes), layout.dtype)
+
+
 def _conv_kernel(dtype: str) -> Callable[[relax.Call, Any], Any]:
     """Convolutions over an input whose padding is already there, with prepacked weights."""
 
@@ -234,18 +246,20 @@ _INFER: dict[str, Callable[[relax.Call, Any], Any]] = {
     "binary_conv2d": _binary_conv,
     "binary_conv3d": _binary_conv,
     "binary_dense": _binary_dense,
-    "bitserial_conv1d": _binary_conv,
-    "bitserial_conv2d": _binary_conv,
-    "bitserial_conv3d": _binary_conv,
-    "bitserial_dense": _binary_dense,
+    "integer_conv1d": _binary_conv,
+    "integer_conv2d": _binary_conv,
+    "integer_conv3d": _binary_conv,
+    "integer_dense": _binary_dense,
     "pack": _pack,
     "pack_levels": _pack_levels,
+    "pack_bytes": _pack_bytes,
     "threshold_pack": _threshold_pack,
     "lookup_pack": _threshold_pack,
     "pad_bits": _pad_bits,
     "max_pool2d_bits": _max_pool2d_bits,
     "xnor_conv2d": _conv_kernel("int32"),
     "plane_conv2d": _conv_kernel("int32"),
+    "byte_conv2d": _conv_kernel("int32"),
     "conv2d": _conv_kernel("float32"),
     "depthwise_conv2d": _conv_kernel("float32"),
     "dense": _dense,

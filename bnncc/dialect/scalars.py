@@ -43,15 +43,19 @@ def unless_nan(x: Any, value: Any) -> Any:
 
 def relu_value(x: Any) -> Any:
     """NaN stays NaN and −0 stays −0, as in ATen's clamp_min."""
-    return tirx.Select(x < f32(0.0), f32(0.0), x)
+    return tirx.max(f32(0.0), x)
 
 
 def clip_value(x: Any, low: float, high: float) -> Any:
-    """ATen's clamp: NaN stays NaN; infinite bounds fall away."""
+    """ATen's clamp: NaN stays NaN; infinite bounds fall away.
+
+    TVM's ``max(a, b)`` is ``a > b ? a : b``, so that the bound comes first. A Select would say the same, but x twice: a
+    chain of them doubles with every link.
+    """
     if low != -math.inf:
-        x = tirx.Select(x < f32(low), f32(low), x)
+        x = tirx.max(f32(low), x)
     if high != math.inf:
-        x = tirx.Select(x > f32(high), f32(high), x)
+        x = tirx.min(f32(high), x)
     return x
 
 

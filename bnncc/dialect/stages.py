@@ -9,6 +9,7 @@ a stage by its block annotation `ROLE`, never by its name:
     binary_conv2d.total  the sum of the chunks in a wider type
     binary_conv2d.lanes  popcounts of bytes that stay apart, axes [N, OH, OW / pixels of a vector, OB, chunks, OL, lane]
     binary_conv2d.lane_total  the sum of chunks and lanes in a wider type, axes [N, OH, OW, 1, OB, OL]
+    byte_conv2d          dot products of bytes, axes [N, OH, OW, G, OB, OL] + reduction [KH, KW, K, 4]
     pack.bits            eight comparisons of a block of channels as one integer, reduction over the bit
     pack.words           the same for 32 channels of an NCHW image, axes [N, word, tile, pixel] + reduction over bits
     pack                 that integer narrowed to a byte
@@ -36,6 +37,8 @@ ROLE = "bnncc.role"
 LANES = "bnncc.lanes"
 #: Key of the annotation of "binary_conv2d.lane_total" that says how many popcounts of a byte each lane has summed.
 STEPS = "bnncc.steps"
+#: Key of the annotation of "byte_conv2d" that says whether two products may need more than 16 bits.
+WIDE = "bnncc.wide"
 
 #: (top, left, bottom, right)
 Padding = tuple[int, int, int, int]

@@ -7,6 +7,7 @@ from bnncc.targets.descriptor import TargetSpec
 
 from .base import Rule
 from .binary_conv import BinaryConv, BinaryConvBytes
+from .byte_conv import ByteConv
 from .conv import Conv, Dense
 from .lane_conv import LaneConv
 from .nests import LoopNests
@@ -15,4 +16,4 @@ from .permute import Permute
 
 def rules_for(target: TargetSpec) -> list[Rule]:
     """The rules of a target in the order they are tried: the more special first."""
-    return [rule(target) for rule in (BinaryConv, LaneConv, BinaryConvBytes, Conv, Dense, Permute, LoopNests)]
+    return [rule(target) for rule in (BinaryConv, LaneConv, BinaryConvBytes, ByteConv, Conv, Dense, Permute, LoopNests)]

@@ -13,7 +13,7 @@ from .pack import schedule_pack, schedule_planar
 from .reduction import schedule_reduction
 
 #: Roles whose own rules schedule the whole kernel.
-_ANCHORS = ("binary_conv2d", "binary_conv2d.chunk", "binary_conv2d.lanes", "conv2d", "dense")
+_ANCHORS = ("binary_conv2d", "binary_conv2d.chunk", "binary_conv2d.lanes", "byte_conv2d", "conv2d", "dense")
 
 
 def schedule_rest(stages: Stages, target: TargetSpec, done: set[str]) -> None:

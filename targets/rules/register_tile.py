@@ -20,10 +20,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tvm import tirx
-from tvm.s_tir import Schedule
+from tvm.s_tir import SBlock, Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from bnncc.targets.descriptor import TargetSpec
+from bnncc.targets.intrinsics import MIN_LANES, Dot, use_dot
 
 from .base import REDUCED, SPATIAL, Rule, Stages, dtype_bits, extent, last_common, parallel_outer, partition, unroll
 from .nests import schedule_rest
@@ -72,8 +73,10 @@ class Shape:
         return self.groups == 1 or self.group_outputs % self.lanes == 0
 
 
-def choose_tile(shape: Shape, accumulators: int, *, chunk: int | None = None, most_pixels: int = 64) -> Tile:
-    """The cheapest tile of at most `accumulators` registers (weights included).
+def choose_tile(
+    shape: Shape, accumulators: int, *, weights: int = 1, chunk: int | None = None, most_pixels: int = 64
+) -> Tile:
+    """The cheapest tile of at most `accumulators` registers, with `weights` of them to a vector of weights.
 
     chunk: number of blocks that is computed together, which the tile's vectors must divide.
     """
@@ -84,7 +87,7 @@ def choose_tile(shape: Shape, accumulators: int, *, chunk: int | None = None, mo
     for vectors in range(1, min(blocks, 8) + 1):
         if blocks % vectors and not awkward:
             continue
-        room = min((accumulators - vectors) // vectors, most_pixels)
+        room = min((accumulators - weights * vectors) // vectors, most_pixels)
         if room < 1:
             break
         cols = _cols(shape.width, room)
@@ -137,6 +140,10 @@ class TiledAnchor(Rule):
         """How many accumulators of `lanes` lanes the registers hold beside the inner loop's temporaries."""
         raise NotImplementedError
 
+    def dot(self, anchor: SBlock) -> Dot | None:
+        """The instructions that compute the lanes and the last axis of the reduction; None: a vectorised loop."""
+        return None
+
     def __call__(self, func: tirx.PrimFunc) -> Schedule | str:
         sch = Schedule(func)
         stages = Stages(sch)
@@ -152,7 +159,7 @@ class TiledAnchor(Rule):
         shape = _shape(stages, last, main, anchors[0])
         fused = _fused_pack(stages, main, shape)
         nest = _Nest(self, stages, shape, main, fused, last)
-        parts = accumulate(sch, last, nest.run(), scalar=self.scalar)
+        parts = accumulate(sch, last, nest.run(), scalar=self.scalar, dot=self.dot(sch.get(last)))
         if totals:
             accumulate(sch, anchors[0], parts)
         done = {stages.name(b) for b in (*anchors, *totals, main, *fused)}
@@ -210,15 +217,19 @@ class _Nest:
         self.stages, self.sch, self.shape = stages, stages.sch, shape
         self.main, self.fused, self.target = main, fused, rule.target
         room = rule.accumulators(dtype_bits(self.sch.get(last).writes[0].source.dtype), shape.lanes)
+        dot = rule.dot(self.sch.get(last))
+        weights = dot.weights if dot else 1
         self.most_pixels = 64
         if not fused:
-            self.tile = choose_tile(shape, room)
+            self.tile = choose_tile(shape, room, weights=weights)
             self.channels = self.tile.vectors * shape.lanes
         else:
             self.channels = 8 * block_lanes(self.sch, fused[0])
             bits = dtype_bits(self.sch.get(main).writes[0].source.dtype)
             self.most_pixels = max(1, _STACK_BYTES * 8 // bits // self.channels)
-            self.tile = choose_tile(shape, room, chunk=self.channels // shape.lanes, most_pixels=self.most_pixels)
+            self.tile = choose_tile(
+                shape, room, weights=weights, chunk=self.channels // shape.lanes, most_pixels=self.most_pixels
+            )
 
     def run(self) -> LoopRV:
         """Schedules everything outside the reduction; returns the loop whose body is one register tile."""
@@ -301,10 +312,10 @@ def epilogue_lanes(target: TargetSpec, shape: Shape, channels: int) -> int:
     return lanes if lanes >= min(4, channels) else channels
 
 
-def accumulate(sch: Schedule, block: SBlockRV, at: LoopRV, *, scalar: bool = False) -> LoopRV:
+def accumulate(sch: Schedule, block: SBlockRV, at: LoopRV, *, scalar: bool = False, dot: Dot | None = None) -> LoopRV:
     """Moves a reduction under `at` with its lanes innermost; returns the innermost loop of the reduction itself.
 
-    scalar: lanes are unrolled, not vectorised.
+    scalar: lanes are unrolled, not vectorised. dot: computes the lanes and the reduction's last axis.
     """
     over_lanes = sch.unroll if scalar else sch.vectorize
     sch.compute_at(block, at, preserve_unit_loops=True)
@@ -313,12 +324,18 @@ def accumulate(sch: Schedule, block: SBlockRV, at: LoopRV, *, scalar: bool = Fal
     reduced = [loop for loop, iv in zip(loops, axes, strict=True) if iv.iter_type == REDUCED]
     spatial = [loop for loop, iv in zip(loops, axes, strict=True) if iv.iter_type == SPATIAL]
     lane = spatial.pop(5 if len(spatial) > 3 else 2)
-    sch.reorder(*reduced, *spatial, lane)
+    if dot and extent(sch, lane) < MIN_LANES:
+        dot = None  # a convolution of fewer channels than a vector has lanes
+    last = [reduced.pop()] if dot else []
+    sch.reorder(*reduced, *spatial, lane, *last)
     unroll(sch, *spatial)
-    over_lanes(lane)
+    if not dot:
+        over_lanes(lane)
     init = sch.decompose_reduction(block, reduced[0])
-    *others, lane = sch.get_loops(init)[-len(spatial) - 1 :]
+    *others, first = sch.get_loops(init)[-len(spatial) - 1 :]
     unroll(sch, *others)
-    over_lanes(lane)
+    over_lanes(first)
     sch.set_scope(block, 0, "local")
+    if dot:
+        use_dot(sch, block, lane, dot)
     return reduced[-1]

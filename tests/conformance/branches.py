@@ -6,7 +6,7 @@ A module of some dozens of branches costs one export, one object file and one li
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class Case:
     input: torch.Tensor
 
 
-class _Branches(nn.Module):
+class Branches(nn.Module):
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
         self.branches = nn.ModuleList(modules)
@@ -47,9 +47,9 @@ class _Branches(nn.Module):
         return tuple(branch(x) for branch, x in zip(self.branches, inputs, strict=True))
 
 
-def check(cases: Sequence[Case], target: str, folder: Path) -> None:
+def check(cases: Sequence[Case], target: str, folder: Path, kinds: Set[str] = frozenset()) -> None:
     """Compiles the cases as one module and runs it; the test fails unless every output equals eager's."""
-    outputs = run(cases, target, folder)
+    outputs = run(cases, target, folder, kinds)
     with torch.no_grad():
         expected = [case.module(case.input).numpy() for case in cases]
     wrong = [
@@ -61,13 +61,19 @@ def check(cases: Sequence[Case], target: str, folder: Path) -> None:
         pytest.fail(f"{len(wrong)} of {len(cases)} branches differ from eager on {target}\n" + "\n".join(wrong), False)
 
 
-def run(cases: Sequence[Case], target: str, folder: Path) -> list[np.ndarray]:
-    """What the cases, compiled as one module for a target, give there; skips the test where it cannot run."""
-    if DEVICES[target] == "qemu" and not (shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")):
+def run(cases: Sequence[Case], target: str, folder: Path, kinds: Set[str] = frozenset()) -> list[np.ndarray]:
+    """What the cases, compiled as one module for a target, give there; skips the test where it cannot run.
+
+    kinds: what the arithmetic of every layer must be one of ("binary", "integer"…), unless empty.
+    """
+    device = DEVICES.get(target, "qemu")
+    if device == "qemu" and not (shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")):
         pytest.skip("qemu-aarch64 is not installed (Debian: qemu-user)")
-    path, device = folder / "model.so", DEVICES[target]
-    model = _Branches([case.module for case in cases]).eval()
+    path = folder / "model.so"
+    model = Branches([case.module for case in cases]).eval()
     artifact = bnncc.compile(model, tuple(case.input for case in cases), target)
+    found = {str(layer["op"]).split()[0] for layer in artifact.manifest["layers"]}
+    assert not kinds or found <= kinds, found
     artifact.save(path, runner=runner_path(path) if device == "qemu" else None)
     try:
         with open_device(path, device) as opened:

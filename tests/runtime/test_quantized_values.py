@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bnncc.runtime.bits import BitLayout
+from bnncc.runtime.bits import BitLayout, ByteLayout
 from bnncc.runtime.report import Difference, ParityReport, StepParity
 from bnncc.runtime.values import StoredValue
 
@@ -24,6 +24,21 @@ def test_levels_round_trip(channels, planes):
     assert list(encoded.shape) == shape and stored.step == 0.1
     np.testing.assert_array_equal(stored.decode(encoded), array.transpose(0, 2, 3, 1))
     assert not encoded[:, 0].any() and not encoded[:, :, 2:].any()  # pixels of the padding have level 0
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (8, 1), (10, 2)])
+@pytest.mark.parametrize("offset", [0, 128])
+def test_bytes_round_trip(channels, groups, offset):
+    layout = ByteLayout(channels, groups, offset)
+    bits = {**layout.to_json(), "padding": [1, 0, 0, 2], "pad_level": 3, "levels": LEVELS.tolist()}
+    value = {"node": "mul", "order": [0, 2, 3, 1], "bits": bits, "step": 0.1}
+    shape = [2, 4, 4, layout.bytes]
+    stored = StoredValue.of({"id": 0, "name": "t", "shape": shape, "dtype": layout.dtype, "value": value})
+    array = np.random.default_rng(0).choice(LEVELS, (2, channels, 3, 2))
+    encoded = stored.encode(array)
+    assert list(encoded.shape) == shape and encoded.dtype == layout.dtype
+    np.testing.assert_array_equal(stored.decode(encoded), array.transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(layout.unpack(encoded[:, 0]), 3)
 
 
 def _step(exact, **difference):

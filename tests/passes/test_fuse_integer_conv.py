@@ -1,4 +1,6 @@
-"""Quantized activations times few-bit weights: which grids are recognised, what is not fused, and exact integers."""
+"""Quantized activations times quantized weights: which grids are recognised, what is not fused, and exact integers."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,17 +13,21 @@ from tvm.relax import op as R_
 import bnncc
 from bnncc.dialect.ops import attributes, call, op_name
 from bnncc.layers import QConv2d, QLinear
-from bnncc.passes.fuse_bitserial_conv import FuseBitserialConv
+from bnncc.passes.fuse_integer_conv import FuseIntegerConv
 from bnncc.passes.grids import Grids, integer_weight
-from bnncc.passes.pack_planes import constants, pack_planes, weight_form
+from bnncc.passes.integer_layers import weight_form
+from bnncc.passes.pack_bytes import has_wide_pairs, pack_weight
+from bnncc.passes.pack_planes import constants, pack_planes
 from bnncc.quantizations import InputDoReFa, Pact, WeightDoReFa
-from bnncc.runtime.bits import BitLayout
+from bnncc.runtime.bits import BitLayout, ByteLayout
+from bnncc.targets.descriptor import get_target
 
 RNG = np.random.default_rng(0)
 W = RNG.integers(-3, 4, (4, 8, 3, 3)).astype("float32")
 SHAPE = (1, 8, 6, 6)
 CHANNELWISE = np.linspace(1, 2, 8, dtype="float32").reshape(8, 1, 1)
 WIDER = np.ones((4, 12, 3, 3), "float32")
+DEPTHWISE = np.arange(-16, 56).reshape(8, 1, 3, 3).astype("float32")
 
 
 def number(value):
@@ -157,6 +163,35 @@ def test_what_the_planes_mean(bits, odd, planes):
         np.testing.assert_array_equal(base + factor * total[:5], expected)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "parts"), [(-128, 127, 1), (-7, 7, 1), (-255, 0, 2), (-3, 252, 2), (0, 255, 3)]
+)
+@pytest.mark.parametrize("offset", [0, 128])
+def test_what_the_bytes_mean(low, high, parts, offset):
+    """Groups are filled to words with zeros, and a weight is the sum of its parts."""
+    weight = RNG.integers(low, high + 1, (6, 5, 2, 3))
+    weight.flat[:2] = low, high
+    layout = ByteLayout(10, 2, offset)
+    packed = pack_weight(weight, 2, layout, 4)  # [G, OB, KH, KW, R·K, OL, 4]
+    assert packed.shape == (2, 1, 2, 3, 2 * parts, 4, 4) and packed.dtype == np.int8
+    rows = packed.astype("int64").reshape(2, 2, 3, parts, 2, 4, 4).sum(axis=3)  # [G, KH, KW, K, OL, 4]
+    rows = rows.transpose(0, 4, 3, 5, 1, 2).reshape(2, 4, 8, 2, 3)  # [G, OL, 4K, KH, KW]
+    np.testing.assert_array_equal(rows[:, :3, :5].reshape(6, 5, 2, 3), weight)
+    assert not rows[:, 3].any() and not rows[:, :, 5:].any()
+    levels = RNG.integers(0, 256, (3, 10))
+    stored = layout.pack(levels)
+    assert stored.dtype == layout.dtype and stored.shape == (3, 16)
+    np.testing.assert_array_equal(layout.unpack(stored), levels)
+
+
+def test_wide_pairs():
+    weight = np.zeros((1, 8, 1, 1), "int64")
+    weight[0, 1:3] = -128  # neighbours, but of two pairs
+    assert not has_wide_pairs(pack_weight(weight, 1, ByteLayout(8, 1, 128), 4))
+    weight[0, 3] = -128
+    assert has_wide_pairs(pack_weight(weight, 1, ByteLayout(8, 1, 128), 4))
+
+
 # The pass
 
 
@@ -169,9 +204,9 @@ def _find(bindings, name):
 
 
 def test_convolution(function, apply):
-    fused = apply(FuseBitserialConv, function(SHAPE, lambda x: conv(dorefa(x), W * np.float32(0.1), padding=1)))
+    fused = apply(FuseIntegerConv, function(SHAPE, lambda x: conv(dorefa(x), W * np.float32(0.1), padding=1)))
     bindings = fused["main"].body.blocks[0].bindings
-    conv_, scaled = (_find(bindings, name) for name in ("bitserial_conv2d", "rescale"))
+    conv_, scaled = (_find(bindings, name) for name in ("integer_conv2d", "rescale"))
     np.testing.assert_array_equal(conv_.args[1].value.numpy(), W)
     np.testing.assert_allclose(scaled.args[1].value.numpy().reshape(-1), 0.1 / 3, rtol=1e-6)
     a = attributes(conv_)
@@ -180,15 +215,15 @@ def test_convolution(function, apply):
 
 def test_padding_is_counted_in_steps(function, apply):
     pad = lambda x: R_.nn.pad(x, [0, 0, 0, 0, 1, 1, 1, 1], pad_value=-1.0)  # noqa: E731
-    fused = apply(FuseBitserialConv, function(SHAPE, lambda x: conv(pad(dorefa(x)))))
-    conv_ = _find(fused["main"].body.blocks[0].bindings, "bitserial_conv2d")
+    fused = apply(FuseIntegerConv, function(SHAPE, lambda x: conv(pad(dorefa(x)))))
+    conv_ = _find(fused["main"].body.blocks[0].bindings, "integer_conv2d")
     assert attributes(conv_)["pad_steps"] == -3 and attributes(conv_)["padding"] == (1, 1, 1, 1)
 
 
 def test_scales_that_are_powers_of_two_stay_exact(function, apply, calls):
-    plain = apply(FuseBitserialConv, function(SHAPE, lambda x: conv(R_.round(R_.clip(x, 0.0, 3.0)))))
-    assert calls(plain)[-1] == "bnncc.bitserial_conv2d"
-    halves = apply(FuseBitserialConv, function(SHAPE, lambda x: conv(affine(x, 0.5), W / 4)))
+    plain = apply(FuseIntegerConv, function(SHAPE, lambda x: conv(R_.round(R_.clip(x, 0.0, 3.0)))))
+    assert calls(plain)[-1] == "bnncc.integer_conv2d"
+    halves = apply(FuseIntegerConv, function(SHAPE, lambda x: conv(affine(x, 0.5), W / 4)))
     assert calls(halves)[-1] == "multiply"
 
 
@@ -196,7 +231,8 @@ DECLINED = {
     "an input on no grid": lambda x: conv(x),
     "9 bits": lambda x: conv(dorefa(x, 9)),
     "a float weight": lambda x: conv(dorefa(x), W + RNG.normal(size=W.shape).astype("float32")),
-    "a weight of 8 bits": lambda x: conv(dorefa(x), RNG.integers(-127, 128, W.shape).astype("float32")),
+    "a weight of 9 bits": lambda x: conv(dorefa(x), RNG.integers(-256, 257, W.shape).astype("float32")),
+    "5 bits in small groups": lambda x: conv(dorefa(x), DEPTHWISE, groups=8),
     "padding off the grid": lambda x: conv(R_.nn.pad(dorefa(x), [0, 0, 0, 0, 1, 1, 1, 1], pad_value=0.4)),
     "padding by reflection": lambda x: conv(R_.nn.pad(dorefa(x), [0, 0, 0, 0, 1, 1, 1, 1], pad_mode="reflect")),
     "padding of channels": lambda x: conv(R_.nn.pad(dorefa(x), [0, 0, 2, 2, 0, 0, 0, 0]), WIDER),
@@ -207,8 +243,8 @@ DECLINED = {
 
 @pytest.mark.parametrize("name", DECLINED)
 def test_do_not_fuse(name, function, check_unchanged, reasons):
-    check_unchanged(FuseBitserialConv, function(SHAPE, DECLINED[name]))
-    assert "FuseBitserialConv:" in reasons()[-1] and "stays float" in reasons()[-1]
+    check_unchanged(FuseIntegerConv, function(SHAPE, DECLINED[name]))
+    assert "FuseIntegerConv:" in reasons()[-1] and "stays float" in reasons()[-1]
 
 
 # Numbers, on this machine's kernels: networks of parallel branches, one compilation each
@@ -239,10 +275,14 @@ class _Integers(nn.Module):
 
 CHANNELS = (1, 7, 8, 31, 33, 64, 65)
 
+#: Kind of arithmetic → the pairs of bit planes up to which a target would choose bits.
+KINDS = {"bitserial": 64, "integer": 0}
 
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("target", ["native", "x86-64-v3"])
 @pytest.mark.parametrize("weight_bits", [1, 2, 3, 4])
-def test_integers_are_exact(target, weight_bits):
+def test_integers_are_exact(target, weight_bits, kind):
     inputs = [torch.from_numpy(RNG.normal(0, 90, (2, c, 4, 5)).astype("float32")) for c in CHANNELS]
     branches = []
     for bits in range(1, 9):
@@ -251,10 +291,11 @@ def test_integers_are_exact(target, weight_bits):
         low = (0, -3, -(2 ** (bits - 1)))[(bits + weight_bits) % 3]
         weight = _random_weight(weight_bits, odd, (5 + bits, CHANNELS[index], 3, 3))
         branches.append(_Integers(index, weight, low, low + 2**bits - 1, padding=1))
-    _check_exact(_Branches(branches), inputs, target, len(branches))
+    _check_exact(branches, inputs, target, kind)
 
 
-def test_shapes_are_exact():
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_are_exact(kind):
     groups = _random_weight(2, True, (12, 8, 3, 3))
     cases = [
         ((2, 24, 9, 7), groups, {"groups": 3, "stride": 2}),
@@ -266,12 +307,13 @@ def test_shapes_are_exact():
     ]
     branches = [_Integers(i, weight, -1, 6, **options) for i, (_, weight, options) in enumerate(cases)]
     inputs = [torch.from_numpy(RNG.normal(0, 4, shape).astype("float32")) for shape, _, _ in cases]
-    _check_exact(_Branches(branches), inputs, "native", len(branches))
+    _check_exact(branches, inputs, "native", kind)
 
 
-def _check_exact(network, inputs, target, expected):
-    artifact = bnncc.compile(network.eval(), tuple(inputs), target)
-    assert sum(layer["op"].startswith("bitserial") for layer in artifact.manifest["layers"]) == expected
+def _check_exact(branches, inputs, target, kind):
+    network = _Branches(branches).eval()
+    artifact = bnncc.compile(network, tuple(inputs), replace(get_target(target), most_plane_pairs=KINDS[kind]))
+    assert [layer["op"].split()[0] for layer in artifact.manifest["layers"]] == [kind] * len(branches)
     assert all(step["exact"] for step in artifact.manifest["steps"])
     results = artifact.load()(*(x.numpy() for x in inputs))
     for ours, eager in zip(results, network(*inputs), strict=True):

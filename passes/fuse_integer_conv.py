@@ -1,6 +1,6 @@
-"""Convolutions and dense layers of quantized activations with few-bit weights become sums of bit planes.
+"""Convolutions and dense layers of quantized activations with quantized weights become sums of integers.
 
-    v = round(clip(x, 0, 1) · 3) / 3; y = nn.conv2d(v, W)   -->   a = bnncc.bitserial_conv2d(v, U, values)
+    v = round(clip(x, 0, 1) · 3) / 3; y = nn.conv2d(v, W)   -->   a = bnncc.integer_conv2d(v, U, values)
                                                                   y = bnncc.rescale(a, scale)
 
 where W = U · s with integers U, v an integer times a scale (`bnncc.passes.grids`), and a the exact sum of the products
@@ -8,8 +8,11 @@ of these integers. After `FuseBinaryConv`, which takes signs with binary weights
 float kernels. Eager sums rounded floats, so the scaled result is close to eager's but not bit-equal, and says so
 (`bnncc.rescale`); where nothing can be rounded (scales that are powers of two), it is a plain product, and exact.
 
-Declines: activations that are not known to lie on a grid of at most 256 values; weights of more than 4 bits (5 where
-they lie around their zero point); padding that is no multiple of the grid's scale; sums that 31 bits cannot hold.
+How they are summed, by bit planes or by bytes, is the target's choice (`PackPlanes`, `PackBytes`).
+
+Declines: activations that are not known to lie on a grid of at most 256 values; weights of more than 8 bits, or of more
+than 4 where a group has few channels (a depthwise convolution is faster in floats); padding that is no multiple of the
+grid's scale; sums that 31 bits cannot hold.
 """
 
 from __future__ import annotations
@@ -24,8 +27,11 @@ from bnncc.dialect.ops import attributes, call, is_call, op_name, shape_of
 from bnncc.passes.grids import Grid, Grids, integer_weight
 from bnncc.passes.rewriter import Origin, Rewriter, is_const, module_pass, numpy_of
 
-#: The largest magnitude of a weight's integers: four bits, odd integers or counted from a zero point.
-MOST_WEIGHT = 15
+#: The largest magnitude of a weight's integers: eight bits counted from a zero point.
+MOST_WEIGHT = 255
+
+# The same where groups have fewer channels than a word of bytes: four bits, odd integers or counted from a zero point.
+_MOST_IN_SMALL_GROUPS = 15
 
 _LAYOUTS = ("NCW", "NCHW", "NCDHW")
 
@@ -53,7 +59,7 @@ class _Fuse(Rewriter):
             if around is None or any(padding):
                 return self.decline(var, "its padding is not one constant around the image")
             source, (padding, pad_value) = pad.args[0], around
-        found = self.split(var, source, numpy_of(weight))
+        found = self.split(var, source, numpy_of(weight), a["groups"])
         if found is None:
             return None
         grid, integers, scale = found
@@ -63,7 +69,7 @@ class _Fuse(Rewriter):
         if integers.ndim == 5 and (padding[0] or padding[3]) and pad_value not in grid.values:
             return self.decline(var, "its depth is padded with a value that is none of the activation's")
         fused = call(
-            f"bitserial_conv{integers.ndim - 2}d",
+            f"integer_conv{integers.ndim - 2}d",
             [self.replaced(source), relax.const(integers.astype("float32")), relax.const(grid.values)],
             strides=tuple(a["strides"]), dilation=tuple(a["dilation"]), groups=a["groups"], padding=padding,
             pad_steps=round(outside), pad_value=round(pad_value), first=grid.first, every=grid.every,
@@ -75,31 +81,34 @@ class _Fuse(Rewriter):
         source, weight = self.definition[var].args
         if not is_const(weight) or len(shape_of(weight)) != 2 or len(shape_of(source)) != 2:
             return None
-        found = self.split(var, source, np.ascontiguousarray(numpy_of(weight).T))
+        found = self.split(var, source, np.ascontiguousarray(numpy_of(weight).T), 1)
         if found is None:
             return None
         grid, integers, scale = found
         args = [self.replaced(source), relax.const(integers.astype("float32")), relax.const(grid.values)]
-        fused = call("bitserial_dense", args, first=grid.first, every=grid.every)
+        fused = call("integer_dense", args, first=grid.first, every=grid.every)
         return self.scaled(var, fused, grid, integers, scale, (1, -1))
 
-    def split(self, var: Any, source: Any, weight: np.ndarray) -> tuple[Grid, np.ndarray, np.ndarray] | None:
-        """The input's grid, and the weight [O, …] as integers and their scales [O]."""
+    def split(
+        self, var: Any, source: Any, weight: np.ndarray, groups: int
+    ) -> tuple[Grid, np.ndarray, np.ndarray] | None:
+        """The input's grid, and the weight [O, I/groups, …] as integers and their scales [O]."""
         grid = self.grids.of(source)
         if grid is None:
             return self.decline(var, "its input lies on no grid")
-        found = integer_weight(weight, MOST_WEIGHT)
+        most = MOST_WEIGHT if groups == 1 or weight.shape[1] >= 4 else _MOST_IN_SMALL_GROUPS
+        found = integer_weight(weight, most)
         if found is None:
-            return self.decline(var, "its weight has more than 4 bits")
+            return self.decline(var, f"its weight is no multiple of integers up to {most}")
         if self.largest(grid, found[0]) >= 1 << 31:
             return self.decline(var, "its sums need more than 31 bits")
         return grid, *found
 
     def largest(self, grid: Grid, integers: np.ndarray) -> int:
-        """A bound of the integer sums and of what they are made of."""
-        planes = (1 << grid.bits) - 1
-        reach = max(abs(grid.first), abs(grid.first + grid.every * planes), 2 * grid.every * planes)
-        return int(reach * 2 * MOST_WEIGHT * integers[0].size)
+        """A bound of the integer sums and of what they are made of: popcounts of planes, bytes with an offset."""
+        levels = (1 << grid.bits) - 1
+        reach = max(abs(grid.first), abs(grid.first + grid.every * levels), 2 * grid.every * max(levels, 128))
+        return int(reach * 2 * np.abs(integers).max(initial=1) * integers[0].size)
 
     def scaled(
         self, var: Any, fused: relax.Call, grid: Grid, integers: np.ndarray, scale: np.ndarray, shape: tuple[int, ...]
@@ -117,7 +126,7 @@ class _Fuse(Rewriter):
         return R.multiply(accumulator, const) if exact else call("rescale", [accumulator, const])
 
     def decline(self, var: Any, reason: str) -> Any:
-        self.log.debug("FuseBitserialConv: %s stays float: %s", var.name, reason)
+        self.log.debug("FuseIntegerConv: %s stays float: %s", var.name, reason)
         return None
 
 
@@ -130,4 +139,4 @@ def _around_image(pad: relax.Call) -> tuple[tuple[int, ...], float] | None:
     return (*before[2:], *after[2:]), float(a.get("pad_value", 0.0))
 
 
-FuseBitserialConv = module_pass(lambda mod: _Fuse(mod).run(), "FuseBitserialConv")
+FuseIntegerConv = module_pass(lambda mod: _Fuse(mod).run(), "FuseIntegerConv")

@@ -1,0 +1,130 @@
+"""Dot products of bytes as the processors have them.
+
+    sums[l] += Σ over q of x[q] · w[l, q]      l = 0 … lanes−1, q = 0 … 3; x and w bytes, sums int32
+
+The four bytes of x are broadcast against a vector of weights. `use_dot` puts the instructions in the place of the two
+loops, as `Schedule.tensorize` would: TVM 0.27 crashes there, because it copies intrinsics by way of JSON.
+All are exact: nothing saturates, and no 16-bit sum of "smull" overflows unless two weights that it adds are both −128;
+then "smull wide" serves.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tvm import s_tir, tirx
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+from tvm.target.codegen import llvm_lookup_intrinsic_id
+
+#: Lanes of the narrowest vector.
+MIN_LANES = 4
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One way to multiply bytes.
+
+    add: (lanes, sums, word of x as int32, weights) → the new sums. weights: registers that a vector of weights takes.
+    temporaries: registers for products and for the words, of which LLVM loads some ahead.
+    """
+
+    x_dtype: str
+    weights: int
+    temporaries: int
+    add: Callable[[int, Any, Any, Any], Any]
+
+
+def use_dot(sch: Schedule, update: SBlockRV, lanes_loop: LoopRV, dot: Dot) -> None:
+    """Replaces the loops over lanes and over the four bytes of a word, `lanes_loop` and the one inside it, around
+    `update`, which from then on is the block of the instructions."""
+    lanes = int(sch.get(lanes_loop).extent)
+    block = sch.get(sch.blockize(lanes_loop))
+    (sums,) = block.writes
+    x, w = (
+        next(r for r in block.reads if r.source.dtype == dtype and r is not sums) for dtype in (dot.x_dtype, "int8")
+    )
+    if dot.x_dtype == "int8":
+        x, w = (r for r in block.reads if r.source.dtype == "int8")
+    word = tirx.reinterpret("int32", _vector(x, 4))
+    value = dot.add(lanes, _vector(sums, lanes), word, _vector(w, 4 * lanes))
+    body = tirx.BufferStore(sums.source, value, _ramp(sums, lanes))
+    fast = s_tir.SBlock(
+        block.iter_vars, block.reads, block.writes, block.name_hint, body, annotations=block.annotations
+    )
+    sch.state.replace(sch.state.get_sref(block), fast, {sch.get(update): fast})
+
+
+def _ramp(region: Any, length: int) -> list[Any]:
+    """Where a region begins, and that many elements from there on."""
+    *outer, last = (r.min for r in region.region)
+    return [*outer, tirx.Ramp(last, 1, length)]
+
+
+def _vector(region: Any, length: int) -> Any:
+    return tirx.BufferLoad(region.source, _ramp(region, length))
+
+
+def _llvm(intrinsic: str, dtype: str, *args: Any) -> Any:
+    return tirx.call_llvm_pure_intrin(dtype, llvm_lookup_intrinsic_id(intrinsic), *args)
+
+
+def _vnni(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
+    """VPDPBUSD: four products to a lane, added to the sum."""
+    x = tirx.reinterpret(f"uint8x{4 * lanes}", tirx.Broadcast(word, lanes))
+    return _llvm(f"llvm.x86.avx512.vpdpbusd.{lanes * 32}", f"int32x{lanes}", sums, x, weights)
+
+
+_WIDE_MADD = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
+
+
+def _maddwd(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
+    """PMADDWD on the even and on the odd bytes, widened to 16 bits (PMADDUBSW would saturate)."""
+    halves = f"int16x{2 * lanes}"
+
+    def const(value: int) -> Any:
+        return tirx.Broadcast(tirx.const(value, "int16"), 2 * lanes)
+
+    x = tirx.reinterpret(halves, tirx.Broadcast(word, lanes))
+    w = tirx.reinterpret(halves, weights)
+    madd = functools.partial(_llvm, _WIDE_MADD[lanes], f"int32x{lanes}")
+    even = madd(x & const(255), (w << const(8)) >> const(8))
+    return sums + even + madd((x >> const(8)) & const(255), w >> const(8))
+
+
+def _sdot(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
+    """SDOT: four products to a lane, added to the sum."""
+    x = tirx.reinterpret(f"int8x{4 * lanes}", tirx.Broadcast(word, lanes))
+    return _llvm("llvm.aarch64.neon.sdot", f"int32x{lanes}", sums, x, weights)
+
+
+def _smull(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
+    """SMULL; pairs of products added in 16 bits by ADDP, then to the sum by SADALP."""
+    pairs = _llvm("llvm.aarch64.neon.addp", "int16x8", *_products(word, weights))
+    return sums + _llvm("llvm.aarch64.neon.saddlp", f"int32x{lanes}", pairs)
+
+
+def _smull_wide(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
+    """SMULL; pairs of products added in 32 bits by SADDLP and ADDP."""
+    pairs = [_llvm("llvm.aarch64.neon.saddlp", "int32x4", product) for product in _products(word, weights)]
+    return sums + _llvm("llvm.aarch64.neon.addp", f"int32x{lanes}", *pairs)
+
+
+def _products(word: Any, weights: Any) -> list[Any]:
+    """The 16 products of a vector, 16 bits each."""
+    x = tirx.reinterpret("int8x16", tirx.Broadcast(word, 4))
+    halves = [[half("int8x8", v) for v in (x, weights)] for half in (tirx.vectorlow, tirx.vectorhigh)]
+    return [_llvm("llvm.aarch64.neon.smull", "int16x8", *pair) for pair in halves]
+
+
+#: By the name that `TargetSpec.dot` gives.
+DOTS = {
+    "vnni": Dot("uint8", 1, 1, _vnni),
+    "maddwd": Dot("uint8", 2, 5, _maddwd),
+    "sdot": Dot("int8", 1, 6, _sdot),
+    "smull": Dot("int8", 2, 10, _smull),
+    "smull wide": Dot("int8", 2, 10, _smull_wide),
+}
