@@ -72,8 +72,8 @@ class Core:
 
 CORES = {
     "cortex-a72": Core("rpi4", "cortex-a72", 1.5, 4.0, 1 << 20),
-    "cortex-a53": Core("cortex-a53", "cortex-a53", 1.2, 2.0, 512 << 10),
-    "cortex-a76": Core("cortex-a76", "neoverse-n1", 2.4, 10.0, 2 << 20),
+    "cortex-a53": Core("rpi3", "cortex-a53", 1.2, 2.0, 512 << 10),
+    "cortex-a76": Core("rpi5", "neoverse-n1", 2.4, 10.0, 2 << 20),
 }
 
 _BRANCH = re.compile(r"(b|bl|br|blr|ret|cbz|cbnz|tbz|tbnz|b\.\w+)\b")

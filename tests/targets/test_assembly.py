@@ -72,6 +72,29 @@ def test_binary_inner_loop(target: str, size: int, channels: int) -> None:
         assert sum(map(_touches_stack, body)) <= len(body) // 30
 
 
+@pytest.mark.parametrize(("size", "channels"), SHAPES)
+@pytest.mark.parametrize("target", ["rpi3", "rpi4", "rpi5", "aarch64"])
+def test_binary_inner_loop_with_the_reduction_in_the_lanes(target: str, size: int, channels: int) -> None:
+    """Loads, EOR, CNT, ADD and what counts the steps: nothing is broadcast, nothing summed across lanes."""
+    spec = get_target(target)
+    size_in_bytes = channels // 8
+    assert spec.reduction_lanes(size_in_bytes, 9, size, 1, channels) == 16
+    x = te.placeholder((1, size + 2, size + 2, size_in_bytes), "uint8", "x")
+    shape = (channels // spec.lane_block, 3, 3, max(1, size_in_bytes // 16), spec.lane_block, 16)
+    w = te.placeholder(shape, "uint8", "w")
+    a, b = (te.placeholder((channels,), "float32", name) for name in "ab")
+    dot = computes.binary_conv2d(x, w, depth=9 * channels, out_channels=channels, in_lanes=16)
+    y = computes_float.scale_shift(computes_float.to_float(dot), a, b)
+    body = hottest(emit.assembly(prim_func([x, w, a, b], [y]), spec), POPCOUNT["rpi4"])
+    steps = sum(bool(re.search(r"\bcnt\s+v", line)) for line in body)
+    vector = [line for line in body if re.search(r"\bv\d+\.", line)]
+    assert steps >= 16
+    # LLVM's generic schedule copies two registers where it unrolls two steps.
+    assert len(vector) <= 3 * steps + steps // 16
+    assert all(re.match(r"\s+(eor|cnt|add|mov)\s", line) for line in vector)
+    assert sum(map(_touches_stack, body)) <= len(body) // 20
+
+
 @pytest.mark.parametrize(("size", "channels"), SHAPES[:2])
 @pytest.mark.parametrize("target", FMA)
 def test_float_inner_loop(target: str, size: int, channels: int) -> None:

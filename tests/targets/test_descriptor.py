@@ -47,6 +47,11 @@ def test_features_are_spelt_as_the_kernel_spells_them() -> None:
     assert get_target("rpi4").features == ("fp", "asimd")
 
 
+def test_in_order_cores_take_the_generic_schedule() -> None:
+    assert get_target("rpi3").cpu == get_target("cortex-a53").cpu == "generic"
+    assert get_target("rpi4").cpu == "cortex-a72"
+
+
 def test_targets_are_values() -> None:
     for target in all_targets():
         assert hash(target) == hash(dataclasses.replace(target))
