@@ -122,7 +122,7 @@ class Grids:
                 if high - low + 1 > (most or 2):
                     return None
                 return self._evaluate(chain, var, torch.arange(low, high + 1).float())
-            if name in MOVES:
+            if name in MOVES or name == "bnncc.insert_zeros":
                 chain.append((var, None))
             elif name in _MONOTONE and self._operand(call, numbers=most is not None) is not None:
                 chain.append((var, call))
@@ -139,6 +139,8 @@ class Grids:
                 rank = max((numpy_of(a).ndim for a in call.args if is_const(a)), default=0)
                 shaped = values.reshape(-1, *[1] * (rank if values.ndim == 1 else values.ndim - 1))
                 values = torch_eval.evaluate_call(call, {source: shaped if values.ndim == 1 else values})
+            elif op_name(self.definition[var]) == "bnncc.insert_zeros" and not (values == 0).any():
+                return None
             source = var
         if values.shape[0] != len(domain) and values.numel() != len(domain):
             return None

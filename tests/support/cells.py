@@ -46,7 +46,7 @@ class _Branches(nn.Module):
 
 
 def measure(family: Family) -> dict[str, list[str]]:
-    """The verdicts of a family's cells, row by row: "exact", "rounding", "refused: …", "PyTorch refuses: …"…"""
+    """The verdicts of a family's cells, row by row: "exact", "rounding", "within one step", "refused: …"…"""
     verdicts: dict[tuple[str, int], str] = {}
     built: dict[tuple[str, int], tuple[nn.Module, torch.Tensor, torch.Tensor]] = {}
     for option, cells in family.rows.items():
@@ -88,12 +88,18 @@ def _compiled(cells: Sequence[tuple[nn.Module, torch.Tensor, torch.Tensor]]) -> 
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     manifest: Any = artifact.manifest
     return [
-        _verdict(f"branches.{i}", manifest, got, wanted.numpy())
+        _verdict(f"branches.{i}", manifest, _step(manifest, i), got, wanted.numpy())
         for i, (got, (_, _, wanted)) in enumerate(zip(outputs, cells, strict=True))
     ]
 
 
-def _verdict(path: str, manifest: Any, got: np.ndarray, wanted: np.ndarray) -> str:
+def _step(manifest: Any, output: int) -> float | None:
+    """How far two neighbours of an output's values are apart, where it is quantized."""
+    value = manifest["tensors"][manifest["outputs"][output]["tensor"]]["value"]
+    return value["step"] if value else None
+
+
+def _verdict(path: str, manifest: Any, step: float | None, got: np.ndarray, wanted: np.ndarray) -> str:
     def own(other: str) -> bool:
         return other == path or other.startswith(f"{path}.")
 
@@ -102,9 +108,12 @@ def _verdict(path: str, manifest: Any, got: np.ndarray, wanted: np.ndarray) -> s
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         verdict = f"WRONG: {got.dtype}{got.shape} instead of {wanted.dtype}{wanted.shape}"
     elif np.array_equal(got, wanted, equal_nan=True):
-        verdict = "exact" if promised else "rounding"
+        verdict = "exact" if promised else "within one step" if step else "rounding"
     elif promised:
         verdict = f"WRONG: {(got != wanted).sum()} of {wanted.size} differ"
+    elif step:
+        furthest = float(np.abs(got.astype("float64") - wanted).max()) / step
+        verdict = "within one step" if furthest < 1.0001 else f"WRONG by {furthest:.1f} steps"
     else:
         worst = float(np.abs(got.astype("float64") - wanted).max() / max(np.abs(wanted).max(), 1e-30))
         verdict = "rounding" if worst <= TOLERANCE else f"WRONG by {worst:.1e} of the largest value"

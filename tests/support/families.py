@@ -288,8 +288,28 @@ def _reference(name: str, scheme: tuple[Any, Any, int | None], arguments: Mappin
     return make
 
 
+class _BetweenQuantizers(nn.Module):
+    """dequantize – module – quantize, as a backend meets a reference module in a graph with quantized activations."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.quantize_per_tensor(x, 0.03, 120, torch.quint8).dequantize()
+        return torch.quantize_per_tensor(self.inner(x), 0.05, 128, torch.quint8).dequantize()
+
+
+def _between_quantizers(make: Make) -> Make:
+    def wrapped() -> tuple[nn.Module, torch.Tensor]:
+        inner, x = make()
+        return _BetweenQuantizers(inner).eval(), x
+
+    return wrapped
+
+
 def reference_modules() -> Iterator[Family]:
-    """Document 003; weights alone, graphs with quantized activations have tests of their own."""
+    """Document 003: with quantized weights alone, and between quantized activations."""
     names = ["Linear", *(f"Conv{n}d" for n in _RANKS), *(f"ConvTranspose{n}d" for n in _RANKS)]
     document = "torch.ao.nn.quantized.reference"
     rows: dict[str, list[Any]] = {
@@ -304,6 +324,8 @@ def reference_modules() -> Iterator[Family]:
         label = f"{option}, transposed"
         rows[label] = [_reference(n, per_tensor, arguments) if "Transpose" in n else None for n in names]
     yield Family("torch.ao.nn.quantized.reference", document, names, rows)
+    quantized = {option: [make and _between_quantizers(make) for make in cells] for option, cells in rows.items()}
+    yield Family("torch.ao.nn.quantized.reference between quantized activations", document, names, quantized)
 
 
 # -- other operators --------------------------------------------------------------------------------------------------

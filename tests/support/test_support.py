@@ -25,7 +25,9 @@ machine at hand, run, and compared with eager PyTorch; `make conformance` measur
 |---|---|
 | exact | every output bit is eager's, and the artifact promises so |
 | rounding | close to eager: float sums have no fixed order, and functions such as exp are rounded in several ways |
+| within one step | a quantized result: where a sum lies next to a tie, it may round to the neighbouring value |
 | binary, bitserial | bits are counted: sums are exact integers; with "rounding", a scale or bias behind them is not |
+| integer | the same with products of bytes |
 | weight-only binary | weights stored as bits, float arithmetic |
 | float | float weights and arithmetic |
 | PyTorch refuses | eager raises as well, with this message |
