@@ -17,14 +17,15 @@ weights of other values; inputs that are not known to be signs (such a layer is 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tvm import relax
 from tvm.relax import op as R
 
 from bnncc.dialect.ops import attributes, call, is_call, op_name, shape_of
-from bnncc.passes.rewriter import Origin, Rewriter, is_const, module_pass, numpy_of
+from bnncc.passes.layers import LayerRewriter, joint_padding
+from bnncc.passes.rewriter import Origin, is_const, module_pass, numpy_of
 
 # Powers of two up to here times an integer below 2²⁴ are float32 numbers, neither infinite nor subnormal.
 _EXACT_EXPONENT = 100
@@ -69,13 +70,8 @@ def is_ternary(value: Any, definition: dict[Any, Any]) -> bool:
     return is_call(value, "bnncc.sign") and attributes(value)["predicate"] == "ternary"
 
 
-class _Fuse(Rewriter):
-    def rewrite(self, var: Any, value: Any) -> Any | None:
-        if op_name(value) in ("nn.conv1d", "nn.conv2d", "nn.conv3d"):
-            return self.conv(var, value)
-        if is_call(value, "matmul"):
-            return self.dense(var, value)
-        return None
+class _Fuse(LayerRewriter):
+    name: ClassVar[str] = "FuseBinaryConv"
 
     def conv(self, var: Any, value: relax.Call) -> Any | None:
         source, weight = self.definition[var].args
@@ -85,15 +81,13 @@ class _Fuse(Rewriter):
         split = binary_weight(numpy_of(weight))
         if split is None:
             return self.decline(var, "the weight is not binary")
-        padding, pad_value = tuple(attrs["padding"]), 0
+        padding, pad_value = tuple(attrs["padding"]), 0.0
         pad = self.definition.get(source)
         if is_call(pad, "nn.pad") and is_binary(pad.args[0], self.definition):
-            around = _spatial_padding(pad)
-            if around is None or (any(padding) and around[1]):
+            around = joint_padding(padding, pad)
+            if around is None or around[1] not in (-1, 0, 1):
                 return self.decline(var, "its padding is not a constant −1, 0 or +1 around the image")
-            # 'same' with an even kernel pads with zeros twice.
-            source, pad_value = pad.args[0], around[1]
-            padding = tuple(own + more for own, more in zip(padding, around[0], strict=True))
+            source, (padding, pad_value) = pad.args[0], around
         zeros_between = self.has_zeros_between(source)
         if not zeros_between and not is_binary(source, self.definition):
             return self.decline(var, "its input is no sign")
@@ -106,7 +100,7 @@ class _Fuse(Rewriter):
         fused = call(
             f"binary_conv{signs.ndim - 2}d", [image, relax.const(signs)],
             strides=tuple(attrs["strides"]), dilation=tuple(attrs["dilation"]), groups=attrs["groups"],
-            padding=padding, pad_value=pad_value, data_layout=attrs["data_layout"],
+            padding=padding, pad_value=int(pad_value), data_layout=attrs["data_layout"],
         )  # fmt: skip
         return self.rescaled(var, fused, scale, (1, -1, *[1] * (signs.ndim - 2)))
 
@@ -137,21 +131,6 @@ class _Fuse(Rewriter):
         if (mantissa == 0.5).all() and (abs(exponent) < _EXACT_EXPONENT).all():
             return R.multiply(accumulator, relax.const(scale.reshape(shape)))
         return call("rescale", [accumulator, relax.const(scale.reshape(shape))])
-
-    def decline(self, var: Any, reason: str) -> Any:
-        self.log.debug("FuseBinaryConv: %s stays float: %s", var.name, reason)
-        return None
-
-
-def _spatial_padding(pad: relax.Call) -> tuple[tuple[int, ...], int] | None:
-    """((before each axis…, after each axis…), value) of a pad around an image with −1, 0 or +1, else None."""
-    attrs = attributes(pad)
-    before, after = attrs["pad_width"][::2], attrs["pad_width"][1::2]
-    value = float(attrs.get("pad_value", 0.0))
-    around_image = not any((*before[:2], *after[:2])) and min(*before, *after) >= 0
-    if attrs["pad_mode"] != "constant" or not around_image or value not in (-1, 0, 1):
-        return None
-    return (*before[2:], *after[2:]), int(value)
 
 
 FuseBinaryConv = module_pass(lambda mod: _Fuse(mod).run(), "FuseBinaryConv")

@@ -17,15 +17,16 @@ grid's scale; sums that 31 bits cannot hold.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tvm import relax
 from tvm.relax import op as R
 
-from bnncc.dialect.ops import attributes, call, is_call, op_name, shape_of
+from bnncc.dialect.ops import attributes, call, is_call, shape_of
 from bnncc.passes.grids import Grid, Grids, integer_weight
-from bnncc.passes.rewriter import Origin, Rewriter, is_const, module_pass, numpy_of
+from bnncc.passes.layers import LayerRewriter, joint_padding
+from bnncc.passes.rewriter import Origin, is_const, module_pass, numpy_of
 
 #: The largest magnitude of a weight's integers: eight bits counted from a zero point.
 MOST_WEIGHT = 255
@@ -36,16 +37,11 @@ _MOST_IN_SMALL_GROUPS = 15
 _LAYOUTS = ("NCW", "NCHW", "NCDHW")
 
 
-class _Fuse(Rewriter):
+class _Fuse(LayerRewriter):
+    name: ClassVar[str] = "FuseIntegerConv"
+
     def begin(self) -> None:
         self.grids = Grids(self.definition)
-
-    def rewrite(self, var: Any, value: Any) -> Any | None:
-        if op_name(value) in ("nn.conv1d", "nn.conv2d", "nn.conv3d"):
-            return self.conv(var, value)
-        if is_call(value, "matmul"):
-            return self.dense(var, value)
-        return None
 
     def conv(self, var: Any, value: relax.Call) -> Any | None:
         source, weight = self.definition[var].args
@@ -55,8 +51,8 @@ class _Fuse(Rewriter):
         padding, pad_value = tuple(a["padding"]), 0.0
         pad = self.definition.get(source)
         if is_call(pad, "nn.pad"):
-            around = _around_image(pad)
-            if around is None or any(padding):
+            around = joint_padding(padding, pad)
+            if around is None:
                 return self.decline(var, "its padding is not one constant around the image")
             source, (padding, pad_value) = pad.args[0], around
         found = self.split(var, source, numpy_of(weight), a["groups"])
@@ -66,8 +62,9 @@ class _Fuse(Rewriter):
         outside = pad_value / grid.scale if any(padding) else 0.0
         if abs(outside - round(outside)) > 1e-3:
             return self.decline(var, f"it is padded with {pad_value:g}, which is no multiple of {grid.scale:g}")
-        if integers.ndim == 5 and (padding[0] or padding[3]) and pad_value not in grid.values:
-            return self.decline(var, "its depth is padded with a value that is none of the activation's")
+        of_the_activation = pad_value in grid.values and pad_value == round(pad_value)
+        if integers.ndim == 5 and (padding[0] or padding[3]) and not of_the_activation:
+            return self.decline(var, "its depth is padded with a value that is no whole number of the activation's")
         fused = call(
             f"integer_conv{integers.ndim - 2}d",
             [self.replaced(source), relax.const(integers.astype("float32")), relax.const(grid.values)],
@@ -124,19 +121,6 @@ class _Fuse(Rewriter):
             return accumulator
         const = relax.const(np.ascontiguousarray(factors.reshape(shape)))
         return R.multiply(accumulator, const) if exact else call("rescale", [accumulator, const])
-
-    def decline(self, var: Any, reason: str) -> Any:
-        self.log.debug("FuseIntegerConv: %s stays float: %s", var.name, reason)
-        return None
-
-
-def _around_image(pad: relax.Call) -> tuple[tuple[int, ...], float] | None:
-    """((before each axis…, after each axis…), value) of a pad by a constant around an image, else None."""
-    a = attributes(pad)
-    before, after = a["pad_width"][::2], a["pad_width"][1::2]
-    if a["pad_mode"] != "constant" or any((*before[:2], *after[:2])) or min(*before, *after) < 0:
-        return None
-    return (*before[2:], *after[2:]), float(a.get("pad_value", 0.0))
 
 
 FuseIntegerConv = module_pass(lambda mod: _Fuse(mod).run(), "FuseIntegerConv")

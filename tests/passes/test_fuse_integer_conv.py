@@ -236,7 +236,7 @@ DECLINED = {
     "padding off the grid": lambda x: conv(R_.nn.pad(dorefa(x), [0, 0, 0, 0, 1, 1, 1, 1], pad_value=0.4)),
     "padding by reflection": lambda x: conv(R_.nn.pad(dorefa(x), [0, 0, 0, 0, 1, 1, 1, 1], pad_mode="reflect")),
     "padding of channels": lambda x: conv(R_.nn.pad(dorefa(x), [0, 0, 2, 2, 0, 0, 0, 0]), WIDER),
-    "padding twice": lambda x: conv(R_.nn.pad(dorefa(x), [0, 0, 0, 0, 1, 1, 1, 1]), padding=1),
+    "padding twice": lambda x: conv(R_.nn.pad(dorefa(x), [0, 0, 0, 0, 1, 1, 1, 1], pad_value=1.0), padding=1),
     "a weight that is no constant": lambda x: R_.nn.conv2d(dorefa(x), R_.reshape(x, SHAPE)),
 }  # fmt: skip
 
@@ -245,6 +245,21 @@ DECLINED = {
 def test_do_not_fuse(name, function, check_unchanged, reasons):
     check_unchanged(FuseIntegerConv, function(SHAPE, DECLINED[name]))
     assert "FuseIntegerConv:" in reasons()[-1] and "stays float" in reasons()[-1]
+
+
+@pytest.mark.parametrize(("value", "fused"), [(0.0, True), (1.0, True), (np.float32(1 / 3), False), (-1.0, False)])
+def test_a_depth_is_padded_with_whole_values_only(value, fused, function, apply, calls):
+    """The slices that a window gathers are filled with a whole number."""
+    pad = lambda x: R_.nn.pad(x, [0, 0, 0, 0, 1, 1, 0, 0, 0, 0], pad_value=float(value))  # noqa: E731
+    weight = relax.const(RNG.integers(-3, 4, (4, 8, 3, 1, 1)).astype("float32"))
+    mod = function((1, 8, 4, 3, 3), lambda x: R_.nn.conv3d(pad(dorefa(x)), weight))
+    assert ("bnncc.integer_conv3d" in calls(apply(FuseIntegerConv, mod))) is fused
+
+
+def test_zeros_twice_are_one_padding(function, apply):
+    pad = lambda x: R_.nn.pad(x, [0, 0, 0, 0, 0, 1, 0, 1])  # noqa: E731
+    fused = apply(FuseIntegerConv, function(SHAPE, lambda x: conv(pad(dorefa(x)), padding=1)))
+    assert attributes(_find(fused["main"].body.blocks[0].bindings, "integer_conv2d"))["padding"] == (1, 1, 2, 2)
 
 
 # Numbers, on this machine's kernels: networks of parallel branches, one compilation each
