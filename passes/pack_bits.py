@@ -75,7 +75,9 @@ class _Pack(Rewriter):
         groups, slices = a["groups"], a.get("slices", 1)
         ternary = self.is_ternary(source)
         layout = self.layout(per_group * groups, groups * slices)
-        depth_padding = attributes(self.definition[source])["padding"] if slices > 1 else (0, 0)
+        deep = is_call(self.definition.get(source), "bnncc.unfold_depth")  # of one slice, too: its depth may be padded
+        unfold = attributes(self.definition[source]) if deep else None
+        depth_padding = unfold["padding"] if unfold else (0, 0)
         zero_padded = a["pad_value"] == 0 and any((*a["padding"], *depth_padding)) and not ternary
         bits = self.bits_of(source, layout, a["padding"], int(a["pad_value"] == 1), ternary)
         words = self.view(bits, layout)
@@ -90,7 +92,6 @@ class _Pack(Rewriter):
         if ternary_weight and not ternary:
             args.append(relax.const(np.abs(weight).reshape(out, -1).sum(axis=1).astype("int32")))
         if zero_padded:
-            unfold = attributes(self.definition[source]) if slices > 1 else None
             args += [relax.const(c) for c in zero_padding_correction(weight, shape_of(source), a, unfold)]
         product = call(
             "xnor_conv2d", args,

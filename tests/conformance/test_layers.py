@@ -140,6 +140,41 @@ def _moved(rank: int, move: str, quantizer: str, channels: int, generator: torch
     return Moved(), awkward((2, channels, *_EXTENTS[:rank]), generator)
 
 
+# -- volumes ---------------------------------------------------------------------------------------------------------
+
+_VOLUMES = {
+    "kernel": ((1, 2, 2), (1, 1, 1), (2, 1, 1), (3, 3, 2)),
+    "padding": ((0, 0, 0), (2, 0, 0), (0, 1, 1), (1, 2, 1)),
+    "value": (-1.0, 0.0, 1.0),
+    "stride": (1, 2),
+    "dilation": (1, 2),
+    "groups": (1, 3),
+    "quantizer": tuple(QUANTIZERS),
+    "weight": ("binary", "ternary"),
+}
+
+
+class _Volume(nn.Module):
+    """quantize → padding with a constant → 3-D convolution, its depth gathered into channels by the compiler."""
+
+    def __init__(self, row: Row, generator: torch.Generator) -> None:
+        super().__init__()
+        kernel, self.padding, self.value, self.stride, self.dilation, self.groups, quantizer, weight = row
+        self.quantize = QUANTIZERS[quantizer]
+        shape = (6, 6 // self.groups, *kernel)
+        self.register_buffer("weight", signs(shape, generator, ternary=weight == "ternary"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        widths = [width for width in reversed(self.padding) for _ in range(2)]
+        padded = F.pad(self.quantize(x), widths, value=self.value) if any(widths) else self.quantize(x)
+        return F.conv3d(padded, self.weight, None, self.stride, 0, self.dilation, self.groups)
+
+
+def _volume(*row: Any) -> Any:
+    *options, generator = row
+    return _Volume(tuple(options), generator), awkward((2, 6, 5, 5, 6), generator)
+
+
 # -- linear layers ---------------------------------------------------------------------------------------------------
 
 _LINEAR = {
@@ -250,6 +285,7 @@ def _chain(
 _GRIDS = {
     "packing": _cases(_PACKING, _packing),
     "pooling": _cases(_POOLING, _pooling, _pools),
+    "volumes": _cases(_VOLUMES, _volume),
     "pixels in another order": _cases(_MOVED, _moved),
     "linear": _cases(_LINEAR, _linear),
     "weight-only": _cases(_WEIGHT_ONLY, _weight_only),
