@@ -139,12 +139,3 @@ def weight_form(integers: np.ndarray) -> tuple[str, int]:
     if low >= 0:
         return "and", max(1, high.bit_length())
     return "and-", 1 + max((-low - 1).bit_length(), high.bit_length())
-
-
-def blocked(rows: np.ndarray, groups: int, lanes: int) -> np.ndarray:
-    """Weights [O, …] as [G, OB, …, OL]: `lanes` output channels beside each other, the last block filled with zeros."""
-    out = len(rows) // groups
-    blocks = -(-out // lanes)
-    filled = np.zeros((groups, blocks * lanes, *rows.shape[1:]), rows.dtype)
-    filled[:, :out] = rows.reshape(groups, out, *rows.shape[1:])
-    return np.moveaxis(filled.reshape(groups, blocks, lanes, *rows.shape[1:]), 2, -1)

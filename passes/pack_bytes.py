@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bnncc.passes.integer_layers import IntegerLayers, Packed, blocked, weight_form
+from bnncc.dialect.reference import block_outputs
+from bnncc.passes.integer_layers import IntegerLayers, Packed, weight_form
 from bnncc.passes.rewriter import module_pass
 from bnncc.runtime.bits import ByteLayout
 
@@ -58,7 +59,7 @@ def pack_weight(integers: np.ndarray, groups: int, layout: ByteLayout, lanes: in
     channels = np.zeros((out, kh, kw, parts, layout.group_bytes), "int8")
     for part in range(parts):
         channels[..., part, :per_group] = ((integers + part) // parts).transpose(0, 2, 3, 1)
-    tiled = blocked(channels.reshape(out, kh, kw, -1, 4), groups, lanes)  # [G, OB, KH, KW, R·K, 4, OL]
+    tiled = block_outputs(channels.reshape(out, kh, kw, -1, 4), groups, lanes)  # [G, OB, KH, KW, R·K, 4, OL]
     return np.ascontiguousarray(tiled.swapaxes(-1, -2))
 
 

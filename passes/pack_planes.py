@@ -22,7 +22,8 @@ import numpy as np
 from tvm.relax import op as R
 
 from bnncc.dialect.ops import shape_of
-from bnncc.passes.integer_layers import IntegerLayers, Packed, bits_of, blocked, weight_form
+from bnncc.dialect.reference import block_outputs
+from bnncc.passes.integer_layers import IntegerLayers, Packed, bits_of, weight_form
 from bnncc.passes.rewriter import module_pass
 from bnncc.runtime.bits import BitLayout
 
@@ -76,7 +77,7 @@ def pack_planes(
     pixels = integers.transpose(0, 2, 3, 1)
     codes = (pixels + (1 << weight_planes) - 1) // 2 if form == "xor" else pixels  # two's complement by its low bits
     planes = [own.pack((codes >> plane & 1).astype(bool)) for plane in range(weight_planes)]
-    return np.ascontiguousarray(blocked(np.stack(planes, axis=3), groups, lanes))
+    return np.ascontiguousarray(block_outputs(np.stack(planes, axis=3), groups, lanes))
 
 
 def PackPlanes(target: Any) -> Any:
