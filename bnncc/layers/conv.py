@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnncc.layers.config import config
-from bnncc.layers.qactivation import QActivation
+from bnncc.layers.qactivation import HasActivation, QActivation
 from bnncc.quantizations import Quantization, as_quantization
 
 
@@ -95,7 +95,7 @@ class QuantizedWeightConv(nn.modules.conv._ConvNd):
         return f"{super().extra_repr()}, pad_value={self.pad_value}"
 
 
-class QuantizedInputConv(QuantizedWeightConv):
+class QuantizedInputConv(HasActivation, QuantizedWeightConv):
     """Quantizes its input too; goes before a `QConv…d_NoAct` among the bases, whose arguments it takes, and
 
     input_quantization: a quantization or its name; None is the configuration's, the sign.
@@ -112,14 +112,6 @@ class QuantizedInputConv(QuantizedWeightConv):
     ) -> None:
         super().__init__(*args, weight_quantization=weight_quantization, **kwargs)
         self.activation = QActivation(input_quantization, gradient_cancellation_threshold)
-
-    @property
-    def input_quantization(self) -> Quantization:
-        return self.activation.activation_function
-
-    @property
-    def gradient_cancellation_threshold(self) -> float:
-        return self.activation.gradient_cancellation_threshold
 
     def forward(self, input_tensor: Tensor) -> Tensor:
         return super().forward(self.activation(input_tensor))

@@ -55,3 +55,17 @@ class QActivation(nn.Module):
 
     def extra_repr(self) -> str:
         return f"gradient_cancellation_threshold={self.gradient_cancellation_threshold}"
+
+
+class HasActivation:
+    """What a layer says of the quantization of its input, `activation`."""
+
+    activation: QActivation
+
+    @property
+    def input_quantization(self) -> Quantization:
+        return self.activation.activation_function
+
+    @property
+    def gradient_cancellation_threshold(self) -> float:
+        return self.activation.gradient_cancellation_threshold

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bnncc.layers.config import config
-from bnncc.layers.qactivation import QActivation
+from bnncc.layers.qactivation import HasActivation, QActivation
 from bnncc.quantizations import Quantization, as_quantization
 
 
-class QLinear(nn.Linear):
+class QLinear(HasActivation, nn.Linear):
     """``quantize(x) · quantize(weight)ᵀ + bias``: float [..., in_features] to [..., out_features].
 
     The bias stays float. Other arguments are `nn.Linear`'s: in_features, out_features, bias=True, device, dtype.
@@ -33,14 +33,6 @@ class QLinear(nn.Linear):
             config.weight_quantization if weight_quantization is None else weight_quantization
         )
         self.activation = QActivation(input_quantization, gradient_cancellation_threshold)
-
-    @property
-    def input_quantization(self) -> Quantization:
-        return self.activation.activation_function
-
-    @property
-    def gradient_cancellation_threshold(self) -> float:
-        return self.activation.gradient_cancellation_threshold
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.activation(x), self.weight_quantization(self.weight), self.bias)

@@ -28,7 +28,7 @@ from bnncc.dialect.stages import STEPS
 
 from .base import REDUCED, SPATIAL, Stages, last_common, unroll
 from .nests import schedule_rest
-from .register_tile import Shape, Tile, TiledAnchor, _cols, _fused_pack, _Nest, _shape
+from .register_tile import Shape, Tile, TiledAnchor, TileNest, anchor_shape, fused_pack, row_pixels
 
 #: Vectors of pixels in a tile of eight channels: with 24 sums of 32 registers, LLVM begins to spill.
 _MOST_PIXELS = 2
@@ -57,9 +57,9 @@ class LaneConv(TiledAnchor):
         stages.inline(main)
         lanes = int(sch.get(anchor).writes[0].source.shape[-1])
         summed = int(sch.get(total).iter_vars[-1].dom.extent)
-        shape = _shape(stages, total, main, anchor)
+        shape = anchor_shape(stages, total, main, anchor)
         shape = replace(shape, steps=shape.steps // summed)
-        fused = _fused_pack(stages, main, shape)
+        fused = fused_pack(stages, main, shape)
         nest = _LaneNest(self, stages, shape, main, fused, total, lanes // summed)
         at = nest.run()
         chunks, lanes_loop = _sum_lanes(sch, total, at, lanes // summed)
@@ -69,7 +69,7 @@ class LaneConv(TiledAnchor):
         return sch
 
 
-class _LaneNest(_Nest):
+class _LaneNest(TileNest):
     """The loops around a tile whose vectors hold `pixels` neighbouring pixels."""
 
     def __init__(
@@ -86,7 +86,7 @@ class _LaneNest(_Nest):
         most = max(1, min(_MOST_PIXELS, self.most_pixels // pixels))
         vectors = shape.width // pixels
         # Pixels that share a vector cannot be peeled apart.
-        cols = _cols(vectors, most) if pixels == 1 else max(d for d in range(1, most + 1) if vectors % d == 0)
+        cols = row_pixels(vectors, most) if pixels == 1 else max(d for d in range(1, most + 1) if vectors % d == 0)
         self.tile = Tile(1, pixels * cols, 1)
         if not fused:
             self.channels = shape.lanes

@@ -90,7 +90,7 @@ def choose_tile(
         room = min((accumulators - weights * vectors) // vectors, most_pixels)
         if room < 1:
             break
-        cols = _cols(shape.width, room)
+        cols = row_pixels(shape.width, room)
         rows = 1
         if cols == shape.width:
             rows = max(r for r in range(1, shape.height + 1) if shape.height % r == 0 and r * cols <= max(room, cols))
@@ -100,7 +100,7 @@ def choose_tile(
     return best
 
 
-def _cols(width: int, room: int) -> int:
+def row_pixels(width: int, room: int) -> int:
     """Pixels of a row to a tile: a divisor of the width if a good one fits, else equal parts with a rest."""
     if width <= room:
         return width
@@ -156,9 +156,9 @@ class TiledAnchor(Rule):
         if main is None:
             return "the outputs share no elementwise stage after the anchor"
         stages.inline(main)
-        shape = _shape(stages, last, main, anchors[0])
-        fused = _fused_pack(stages, main, shape)
-        nest = _Nest(self, stages, shape, main, fused, last)
+        shape = anchor_shape(stages, last, main, anchors[0])
+        fused = fused_pack(stages, main, shape)
+        nest = TileNest(self, stages, shape, main, fused, last)
         parts = accumulate(sch, last, nest.run(), scalar=self.scalar, dot=self.dot(sch.get(last)))
         if totals:
             accumulate(sch, anchors[0], parts)
@@ -167,7 +167,7 @@ class TiledAnchor(Rule):
         return sch
 
 
-def _shape(stages: Stages, last: SBlockRV, main: SBlockRV, anchor: SBlockRV) -> Shape:
+def anchor_shape(stages: Stages, last: SBlockRV, main: SBlockRV, anchor: SBlockRV) -> Shape:
     sch = stages.sch
     block = sch.get(last)
     spatial = [int(iv.dom.extent) for iv in block.iter_vars if iv.iter_type == SPATIAL]
@@ -186,7 +186,7 @@ def _shape(stages: Stages, last: SBlockRV, main: SBlockRV, anchor: SBlockRV) -> 
     return Shape(images, height, width, groups, blocks, lanes, outputs, steps, size)
 
 
-def _fused_pack(stages: Stages, main: SBlockRV, shape: Shape) -> tuple[SBlockRV, ...]:
+def fused_pack(stages: Stages, main: SBlockRV, shape: Shape) -> tuple[SBlockRV, ...]:
     """The stages (bits, bytes) that pack the epilogue tile by tile: if whole blocks of bits meet whole tiles."""
     packs = stages.of("pack.bits")
     if len(packs) != 1 or not (shape.groups == 1 or shape.whole_blocks):
@@ -202,7 +202,7 @@ def _fused_pack(stages: Stages, main: SBlockRV, shape: Shape) -> tuple[SBlockRV,
     return (bits, pack) if len(axes) == 4 and aligned and whole and shape.outputs % shape.lanes == 0 else ()
 
 
-class _Nest:
+class TileNest:
     """Loops of the epilogue and of what packs it, around one register tile."""
 
     def __init__(
