@@ -163,7 +163,11 @@ class _Canonicalize(Rewriter):
         """The variable of round(v), where the call is (round(v) − v) + v and v has finite bounds."""
         found = self.around_rounding(old)
         rounding = self.definition.get(found)
-        if not is_call(rounding, "round") or not any(self.same(rounding.args[0], arg) for arg in old.args):
+        if (
+            found is None
+            or not is_call(rounding, "round")
+            or not any(self.same(rounding.args[0], arg) for arg in old.args)
+        ):
             return None
         clamp = self.definition.get(rounding.args[0])
         if not is_call(clamp, "clip") or not all(map(_is_finite, clamp.args[1:])):
