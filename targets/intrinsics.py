@@ -51,7 +51,11 @@ def use_dot(sch: Schedule, update: SBlockRV, lanes_loop: LoopRV, dot: Dot) -> No
         x, w = (r for r in block.reads if r.source.dtype == "int8")
     word = tirx.reinterpret("int32", _vector(x, 4))
     value = dot.add(lanes, _vector(sums, lanes), word, _vector(w, 4 * lanes))
-    body = tirx.BufferStore(sums.source, value, _ramp(sums, lanes))
+    replace_body(sch, update, block, tirx.BufferStore(sums.source, value, _ramp(sums, lanes)))
+
+
+def replace_body(sch: Schedule, update: SBlockRV, block: s_tir.SBlock, body: Any) -> None:
+    """Gives `block`, blockized around `update`, another body; from then on it is what `update` names."""
     fast = s_tir.SBlock(
         block.iter_vars, block.reads, block.writes, block.name_hint, body, annotations=block.annotations
     )

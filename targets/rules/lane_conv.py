@@ -19,12 +19,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from tvm import s_tir, tirx
+from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target.codegen import llvm_lookup_intrinsic_id
 
 from bnncc.dialect.stages import STEPS
+from bnncc.targets.intrinsics import replace_body
 
 from .base import REDUCED, SPATIAL, Stages, last_common, unroll
 from .nests import schedule_rest
@@ -144,11 +145,7 @@ def _use_tree(sch: Schedule, update: SBlockRV, outer: LoopRV, pixels: int, arch:
         where = [n, y, x + pixel, g, b, tirx.Ramp(first, 1, channels)]
         wide = value if dtype == "uint16" else tirx.Cast(f"{dtype}x{channels}", value)
         stores.append(tirx.BufferStore(totals.source, tirx.BufferLoad(totals.source, where) + wide, where))
-    body = stores[0] if len(stores) == 1 else tirx.SeqStmt(stores)
-    fast = s_tir.SBlock(
-        block.iter_vars, block.reads, block.writes, block.name_hint, body, annotations=block.annotations
-    )
-    sch.state.replace(sch.state.get_sref(block), fast, {sch.get(update): fast})
+    replace_body(sch, update, block, stores[0] if len(stores) == 1 else tirx.SeqStmt(stores))
 
 
 def tree(vectors: Sequence[Any], pixels: int, most: int, arch: str) -> list[Any]:
