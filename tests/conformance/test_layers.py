@@ -297,3 +297,26 @@ _GRIDS = {
 @pytest.mark.parametrize("grid", _GRIDS)
 def test_equal_to_eager(grid, target, tmp_path):
     check(_GRIDS[grid], target, tmp_path)
+
+
+class _Slices(nn.Module):
+    """A depthwise binary 3-D convolution of signs padded with +1."""
+
+    def __init__(self, channels: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(signs((channels, 1, 3, 3, 3), generator))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(sign(x), [1] * 6, value=1.0)
+        return F.conv3d(padded, self.weight, groups=len(self.weight))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_slices_that_fill_no_whole_vectors(target, tmp_path):
+    """LLVM 22 read another group's bits in the rest of a vector of bytes (17 and 33 channels on AVX-512)."""
+    generator = torch.Generator().manual_seed(0)
+    cases = [
+        Case(f"{c} channels", _Slices(c, generator), awkward((2, c, 1, 4, 2), generator))
+        for c in (1, 9, 15, 16, 17, 31, 33, 41)
+    ]
+    check(cases, target, tmp_path)
