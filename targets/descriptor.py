@@ -126,11 +126,18 @@ class TargetSpec:
     def tvm(self) -> dict[str, Any]:
         """What `tvm.target.Target` is made from."""
         config: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu}
+        config["cl-opt"] = [_NO_IF_CONVERSION]
         if self.llvm_level != 3:
             config["opt-level"] = self.llvm_level
         if self.llvm_features:
             config["mattr"] = list(self.llvm_features)
         return config
+
+
+# Where there are masked loads, LLVM 22's loop vectorizer takes `i mod 4` in the address of a conditional load for `i`
+# and reads past the tensor (akin to https://github.com/llvm/llvm-project/issues/156849). Loops with conditions stay
+# loops then; kernels of real networks have none that it would have vectorised.
+_NO_IF_CONVERSION = "-enable-if-conversion=false"
 
 
 def _lanes(most: int, channels: int) -> int:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 import tvm
 from torch import nn
 from tvm import te, tirx
+from tvm.script import ir as I
+from tvm.script import tirx as T
 
 from bnncc.dialect import computes, computes_float
 from bnncc.frontends.torch import export_model, to_relax
 from bnncc.passes import pipeline
 from bnncc.runtime.bits import BitLayout
 from bnncc.targets import emit
-from bnncc.targets.descriptor import all_targets, get_target
+from bnncc.targets.descriptor import TargetSpec, all_targets, get_target
 
-from .kernels import prim_func
+from .kernels import aligned, prim_func
 
 
 class Sign(nn.Module):
@@ -98,3 +101,30 @@ def test_a_kernel_that_no_rule_takes_is_named(caplog: pytest.LogCaptureFixture) 
     assert emit.unscheduled(scheduled) == ["two_anchors"]
     assert "two_anchors: no schedule rule takes it" in caplog.text
     assert "two_anchors: dense does not apply: 2 stages of role dense" in caplog.text
+
+
+@I.ir_module
+class _Sliced:
+    """The tail of a row of packed bytes: of three slices of 4 bytes only the middle one is read."""
+
+    @T.prim_func(s_tir=True)
+    def kernel(p: T.Buffer((2112,), "uint8"), u: T.Buffer((6336,), "uint8")):
+        T.func_attr({"global_symbol": "kernel", "tirx.noalias": True})
+        for n in range(16):
+            for i in range(64):
+                if i < 12:
+                    u[n * 396 + i + 384] = T.if_then_else(
+                        i >= 4 and i < 8,
+                        p[i // 4 * 2112 + n * 132 + i % 4 - 1984],
+                        T.Select(i % 4 < 1, T.uint8(1), T.uint8(0)),
+                    )
+
+
+def test_a_conditional_load_at_a_remainder_reads_where_it_should(target: TargetSpec) -> None:
+    """LLVM 22's vectorizer, converting conditions to masks, reads 4 bytes further on; see `TargetSpec.tvm`."""
+    p = np.arange(2112).astype("uint8")
+    u = aligned(np.zeros(6336, "uint8"))
+    tvm.compile(_Sliced, target=tvm.target.Target(target.tvm()))["kernel"](aligned(p), u)
+    tails = u.numpy().reshape(16, 396)[:, 384:].reshape(16, 3, 4)
+    np.testing.assert_array_equal(tails[:, 1], p.reshape(16, 132)[:, 128:])
+    np.testing.assert_array_equal(tails[:, ::2], np.broadcast_to([1, 0, 0, 0], (16, 2, 4)))

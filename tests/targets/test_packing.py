@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bnncc.dialect import computes, reference
+from bnncc.dialect import computes, computes_images, reference
 from bnncc.runtime.bits import BitLayout
 from bnncc.targets import emit
 from bnncc.targets.descriptor import TargetSpec
@@ -114,3 +114,27 @@ def test_min_pool_of_inverted_bits(target: TargetSpec) -> None:
     kernel = Kernel(target, lambda a: computes.max_pool2d_bits(a, (2, 2), (2, 2), inverted=True), packed)
     expected = -reference.max_pool(-values, (2, 2), (2, 2), (0, 0, 0, 0))
     np.testing.assert_array_equal(kernel(packed), _packed(expected, layout, False))
+
+
+@pytest.mark.parametrize("pad_bit", [0, 1])
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize(("channels", "groups"), [(33, 33), (34, 17), (66, 2), (40, 1)])
+def test_slices_of_bits_beside_each_other(
+    target: TargetSpec, channels: int, groups: int, depth: int, pad_bit: int
+) -> None:
+    """The depth of a 3-D convolution, gathered from packed images; slices beyond it hold one bit everywhere."""
+    layout = BitLayout.for_target(channels, groups, 32, 16)
+    x = rng.integers(0, 256, (depth, 4, 4, layout.bytes), np.uint8)
+    kernel = Kernel(
+        target,
+        lambda t: computes_images.unfold_depth(
+            t, depth=depth, kernel=3, stride=1, dilation=1, padding=(1, 1), groups=groups,
+            outside=computes.constant_byte(layout, pad_bit),
+        ),
+        x,
+    )  # fmt: skip
+    outside = np.broadcast_to(layout.constant_bytes(pad_bit), (1, 4, 4, layout.bytes))
+    padded = np.concatenate([outside, x, outside])
+    slices = np.stack([padded[k : k + depth] for k in range(3)], axis=-2)  # [D, H, W, 3, bytes]
+    grouped = slices.reshape(depth, 4, 4, 3, groups, layout.group_bytes).swapaxes(-3, -2)
+    np.testing.assert_array_equal(kernel(x), grouped.reshape(depth, 4, 4, -1))
