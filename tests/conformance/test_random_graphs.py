@@ -78,9 +78,9 @@ def _wrong(networks: Sequence[Graph], target: str, folder: Path) -> str | None:
     for index, values in enumerate(expected):
         branch = f"branches.{index}"
         exact = all(
-            step["exact"]
-            for step in artifact.manifest["steps"]
-            if any(layer == branch or layer.startswith(f"{branch}.") for layer in step["layers"])
+            step.exact
+            for step in report.steps
+            if any(layer == branch or layer.startswith(f"{branch}.") for layer in step.layers)
         )
         for number, value in enumerate(values):
             difference = differs(next(outputs), value.numpy())
