@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
@@ -33,7 +31,7 @@ def schedule_elementwise(sch: Schedule, block: SBlockRV, target: TargetSpec) -> 
         loops = [sch.fuse(*loops)] if len(loops) > 1 else loops
     *outer, inner = loops
     length = extent(sch, inner)
-    lanes = _lanes(length, target.vector_bits // widest, target.vector_bits // narrowest, only_bytes=widest == 8)
+    lanes = _lanes(length, target.vector_bits // widest, target.vector_bits // narrowest)
     if lanes > 1:
         inner, lane = sch.split(inner, [None, lanes])
         sch.vectorize(lane)
@@ -67,7 +65,7 @@ def _schedule_pad(sch: Schedule, block: SBlockRV, target: TargetSpec) -> None:
         parallel_outer(sch, outer, work)
 
 
-def _lanes(length: int, least: int, most: int, *, only_bytes: bool) -> int:
+def _lanes(length: int, least: int, most: int) -> int:
     """Lanes for an axis: as many as divide it, between one vector of the widest and of the narrowest type; else one
     vector of the widest with a rest; the whole axis where that is short."""
     lanes = most
@@ -75,9 +73,6 @@ def _lanes(length: int, least: int, most: int, *, only_bytes: bool) -> int:
         if length % lanes == 0:
             return lanes
         lanes //= 2
-    if only_bytes:
-        # No rest: LLVM 22 computes wrong addresses in one that holds a condition (the slices of a 3-D convolution).
-        return math.gcd(length, least)
     return least if length >= least else length
 
 
