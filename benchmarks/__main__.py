@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import models, peers
-from benchmarks.limit import binary_limit
+from benchmarks.limit import arithmetic
 from benchmarks.machine import machine, versions
 from benchmarks.timing import interleaved_medians
 from bnncc.compiler import compile as compile_model
@@ -40,7 +40,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
 
     about = machine()
-    limit = binary_limit()
+    limit = arithmetic("native")["binary"]["gops"]
     report: dict[str, Any] = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": about,

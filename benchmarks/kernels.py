@@ -16,7 +16,7 @@ import numpy as np
 import tvm
 from tvm import te
 
-from benchmarks.limit import binary_limit
+from benchmarks.limit import arithmetic
 from benchmarks.models import CONVOLUTIONS
 from bnncc.dialect import computes, computes_float
 from bnncc.runtime.bits import BitLayout
@@ -65,7 +65,7 @@ def fastest(call: Callable[[], None], seconds: float = 0.4) -> float:
 
 def main() -> None:
     target = get_target(sys.argv[1] if len(sys.argv) > 1 else "native")
-    limit = binary_limit()
+    limit = arithmetic("native")["binary"]["gops"]
     print(f"{target.name} ({target.cpu}); xor, popcount, add from registers on this machine: {limit:.0f} GOPS")
     for name, (size, channels) in CONVOLUTIONS.items():
         seconds = fastest(kernel(size, channels, target))

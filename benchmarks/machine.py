@@ -36,3 +36,13 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that take part."""
     return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def caches() -> dict[str, int]:
+    """Level ("L1", "L2", …) → bytes of the data caches that core 0 reaches."""
+    found = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        size, unit = re.fullmatch(r"(\d+)([KMG]?)", (index / "size").read_text().strip()).groups()  # type: ignore
+        if (index / "type").read_text().strip() != "Instruction":
+            found[f"L{(index / 'level').read_text().strip()}"] = int(size) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
+    return found or {"L1": 32 << 10, "L2": 512 << 10}  # a system that does not say; what a small core has
