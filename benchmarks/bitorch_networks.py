@@ -56,7 +56,11 @@ def build(name: str, side: int | None = None) -> tuple[nn.Module, torch.Tensor]:
     channels, classes, usual = NETWORKS[name]
     shape = (1, channels, side or usual, side or usual)  # bitorch takes a list of 224×224 for a small image
     torch.manual_seed(0)
-    model = getattr(bitorch.models, name)(input_shape=shape, num_classes=classes)
+    return settle(getattr(bitorch.models, name)(input_shape=shape, num_classes=classes), shape)
+
+
+def settle(model: nn.Module, shape: tuple[int, ...]) -> tuple[nn.Module, torch.Tensor]:
+    """The model in evaluation mode with batch norms as after some training, and an image of that shape for it."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             module.momentum = None  # the mean over all batches

@@ -11,7 +11,7 @@ import ctypes
 import functools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,14 +141,14 @@ def memory(runs: int = 9) -> dict[str, dict[str, float]]:
     return result
 
 
-def measure() -> dict[str, Any]:
-    """{"arithmetic": {isa: …}, "memory": {level: …}}, see `arithmetic` and `memory`."""
-    return {"arithmetic": {isa: arithmetic(isa) for isa in isas()}, "memory": memory()}
+def measure(of: Sequence[str] | None = None) -> dict[str, Any]:
+    """{"arithmetic": {isa: …}, "memory": {level: …}}, see `arithmetic` and `memory`. of: None for all `isas`."""
+    return {"arithmetic": {isa: arithmetic(isa) for isa in of or isas()}, "memory": memory()}
 
 
 def tables(limits: dict[str, Any]) -> list[Table]:
     """`measure`'s result for people."""
-    arithmetic = Table("code for", title="what one core does at best, from registers: 10⁹ operations a second")
+    arithmetic = Table("code for", title="one core at best, from registers: 10⁹ operations a second")
     for column in ("binary", "by", "float32", "bytes", "by"):
         arithmetic.add_column(column, justify="left" if column == "by" else "right")
     for isa, kinds in limits["arithmetic"].items():
@@ -156,7 +156,7 @@ def tables(limits: dict[str, Any]) -> list[Table]:
         names = [kind["mix"].partition("_")[2] for kind in (binary, products)]
         rates = [f"{kind['gops']:.0f}" for kind in (binary, floats, products)]
         arithmetic.add_row(isa, rates[0], names[0], rates[1], rates[2], names[1])
-    memory = Table("data in", title="and from memory: 10⁹ bytes a second")
+    memory = Table("data in", title="from memory: 10⁹ bytes a second")
     memory.add_column("read", justify="right")
     memory.add_column("copied", justify="right")
     for level, rates in limits["memory"].items():

@@ -9,8 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 _PACKAGES = ("bnncc", "apache-tvm", "torch", "onnxruntime", "ziglang", "numpy")
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_vpopcntdq", "asimd", "asimddp")
+
+
+def terminal() -> Console:
+    """Where results are printed: the terminal's width, or one that holds every table."""
+    return Console(highlight=False) if Console().is_terminal else Console(highlight=False, width=150)
 
 
 def machine() -> dict[str, Any]:
