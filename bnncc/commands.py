@@ -90,6 +90,11 @@ def _model_options(function: Any) -> Any:
 @_model_options
 @click.option("--header", type=_NEW_FILE, help="Also write the C header of the artifact.")
 @click.option("--runner", type=_NEW_FILE, help="Also write a static executable that runs the model on .npy files.")
+@click.option(
+    "--channels-last",
+    type=click.Choice(["inputs", "outputs", "both"]),
+    help="Take images, or give them, as N, H, W, C; PyTorch's N, C, H, W is the default.",
+)
 @click.option("--dump-ir", type=click.Path(file_okay=False, path_type=Path), help="Write the IR after every pass here.")
 def compile_command(
     model: str,
@@ -100,6 +105,7 @@ def compile_command(
     shapes: tuple[str, ...],
     header: Path | None,
     runner: Path | None,
+    channels_last: str | None,
     dump_ir: Path | None,
 ) -> None:
     from bnncc import compiler
@@ -123,7 +129,7 @@ def compile_command(
             examples,
             target,
             name=name or _identifier(output.stem),
-            options=compiler.Options(dump_ir=dump_ir),
+            options=compiler.Options(dump_ir=dump_ir, channels_last=channels_last or "none"),
             progress=progress,
         )
         artifact.save(output, header=header, runner=runner)

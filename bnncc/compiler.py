@@ -29,14 +29,26 @@ Progress = Callable[[str, int, int], None]
 _IO_ALIGNMENT = 4
 
 
+CHANNELS_LAST = ("none", "inputs", "outputs", "both")
+"""Values of `Options.channels_last`."""
+
+
 @dataclass(frozen=True)
 class Options:
     """How to compile.
 
     dump_ir: folder for the module after every pass, one file each; made if it is missing.
+    channels_last: which images the artifact takes or gives as N, …, C (NHWC) instead of PyTorch's N, C, …: "inputs",
+        "outputs", "both" or "none". Saves their transposition where the caller has them so. Shapes given to `compile`,
+        and the tensors given to `validate`, stay in the model's axes.
     """
 
     dump_ir: Path | None = None
+    channels_last: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.channels_last not in CHANNELS_LAST:
+            raise BnnccError(f"channels_last is one of {', '.join(CHANNELS_LAST)}; {self.channels_last!r} was given")
 
 
 @dataclass(frozen=True)
@@ -104,7 +116,7 @@ def compile(
     report("trace", 0, 1)
     imported = import_model(model, example_inputs)
     dump = _Dump(options.dump_ir) if options.dump_ir else None
-    lowered = pipeline.run(imported.mod, spec, dump, report)
+    lowered = pipeline.run(imported.mod, spec, dump, report, options.channels_last)
     plan = pipeline.plan_memory(lowered, name)
     kernels = IRModule({gvar: func for gvar, func in lowered.functions_items() if gvar.name_hint != "main"})
     report("generate code", 0, 1)

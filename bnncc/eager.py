@@ -19,7 +19,7 @@ from bnncc.models import is_onnx
 from bnncc.runtime import parity
 from bnncc.runtime.device import Device, open_device, runner_path
 from bnncc.runtime.errors import BnnccError
-from bnncc.runtime.manifest import PortEntry
+from bnncc.runtime.manifest import PortEntry, model_shape
 from bnncc.runtime.report import ParityReport
 
 
@@ -126,8 +126,8 @@ def _reference(model: Any, ports: Sequence[PortEntry]) -> parity.Reference:
     if is_onnx(model):
         from bnncc.onnx_reference import OnnxReference
 
-        return OnnxReference(model, [port["shape"] for port in ports])
-    examples = tuple(torch.zeros(*port["shape"], dtype=getattr(torch, port["dtype"])) for port in ports)
+        return OnnxReference(model, [model_shape(port) for port in ports])
+    examples = tuple(torch.zeros(*model_shape(port), dtype=getattr(torch, port["dtype"])) for port in ports)
     return EagerReference(model, examples)
 
 

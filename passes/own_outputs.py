@@ -34,7 +34,8 @@ class _Own(Rewriter):
         if isinstance(memory, relax.Var) and memory not in seen:
             seen.add(memory)
             return field
-        return self.emit(call("copy", [field]), f"output{index}__copy")
+        held = self.origin(field) if isinstance(field, relax.Var) else None
+        return self.emit(call("copy", [field]), f"output{index}__copy", held)
 
 
 OwnOutputs = module_pass(lambda mod: _Own(mod).run(), "OwnOutputs")

@@ -33,8 +33,8 @@ from bnncc.passes.to_nhwc import ToNHWC
 Dump = Callable[[str, IRModule], None]
 
 
-def phases(target: Any) -> list[tuple[str, list[Any]]]:
-    """The passes for a target, phase by phase, in order."""
+def phases(target: Any, channels_last: str = "none") -> list[tuple[str, list[Any]]]:
+    """The passes for a target, phase by phase, in order; channels_last as in `ToNHWC`."""
     return [
         (
             "canonicalize: one spelling of everything",
@@ -58,7 +58,7 @@ def phases(target: Any) -> list[tuple[str, list[Any]]]:
         (
             "lower: the target's layouts",
             [
-                ToNHWC,
+                ToNHWC(channels_last),
                 PackBits(target),  # reads NHWC
                 PackPlanes(target),
                 PackBytes(target),  # integers of more bits than planes are good for
@@ -77,10 +77,14 @@ def phases(target: Any) -> list[tuple[str, list[Any]]]:
 
 
 def run(
-    mod: IRModule, target: Any, dump: Dump | None = None, progress: Callable[[str, int, int], None] | None = None
+    mod: IRModule,
+    target: Any,
+    dump: Dump | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    channels_last: str = "none",
 ) -> IRModule:
     """Every pass in order: a module whose `main` is a straight line of kernel calls, and the unscheduled kernels."""
-    passes = [p for _, phase in phases(target) for p in phase]
+    passes = [p for _, phase in phases(target, channels_last) for p in phase]
     if dump:
         dump("imported", mod)
     for index, step in enumerate(passes):

@@ -148,9 +148,17 @@ class Rewriter:
         """The function's new result; layout passes override it to restore the caller's layout."""
         return output
 
+    def params(self) -> list[Any]:
+        """The new function's parameters, in order; one that is not the old one must be replaced in `begin`."""
+        return list(self.func.params)
+
+    def replace(self, old: Any, new: Any) -> None:
+        """Has every reader of the old variable read `new`."""
+        self._new[old] = new
+
     def run(self) -> IRModule:
-        params = list(self.func.params)
-        with self.builder.function("main", params):
+        self.new_params = self.params()
+        with self.builder.function("main", self.new_params):
             with self.builder.dataflow():
                 self.begin()
                 for binding in self.bindings:

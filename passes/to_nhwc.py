@@ -10,6 +10,8 @@ kernels serves all ranks: [N, C, W] is [N, 1, W, C], and [N, C, D, H, W] is [N·
 reader that this pass does not know gets `y__nchw`, permuted back, so that transpositions stand only where a graph
 enters, leaves or flattens. Declines nothing: an operator it does not know simply reads the model's layout.
 
+The caller may hold its images channels-last already: then the function's inputs, outputs or both are [N, …, C].
+
 The operators themselves stand in `nhwc_operators.py`.
 """
 
@@ -48,11 +50,26 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
 
 
 class _ToNHWC(Rewriter):
-    def __init__(self, mod: Any):
+    def __init__(self, mod: Any, channels_last: str):
         super().__init__(mod)
+        self.channels_last = channels_last
         self.images: set[Any] = set()  # new variables that are images
         self.nhwc: dict[Any, Any] = {}  # new variable in the model's layout → its image
         self.nchw: dict[Any, Any] = {}  # (image, shape) → it in the model's layout, once something needed that
+
+    def params(self) -> list[Any]:
+        if self.channels_last not in ("inputs", "both"):
+            return super().params()
+        return [_channels_last_param(param) for param in self.func.params]
+
+    def begin(self) -> None:
+        for old, new in zip(self.func.params, self.new_params, strict=True):
+            if not new.same_as(old):
+                shape = shape_of(old)
+                image = new if len(shape) == 4 else self.emit(R.reshape(new, image_shape(shape)), f"{old.name}__image")
+                self.stands_for(new, old, channels_last(len(shape)))
+                self.images.add(image)
+                self.replace(old, image)
 
     def rewrite(self, var: Any, value: Any) -> Any | None:
         old = self.definition[var]
@@ -82,8 +99,7 @@ class _ToNHWC(Rewriter):
             shape = shape_of(old)
             order = channels_last(len(shape))
             moved = self.emit(R.permute_dims(new, order), f"{old.name}__nhwc")
-            if origin := self.origin(old):
-                self.origins[moved.name] = replace(origin, order=order)
+            self.stands_for(moved, old, order)
             if len(shape) != 4:
                 moved = self.emit(R.reshape(moved, image_shape(shape)), f"{old.name}__image")
             self.nhwc[new] = moved
@@ -103,9 +119,30 @@ class _ToNHWC(Rewriter):
                 moved = tuple(shape[axis] for axis in channels_last(len(shape)))
                 source = self.emit(R.reshape(new, moved), f"{old.name}__nhwc")
             self.nchw[new] = self.emit(R.permute_dims(source, channels_first(len(shape))), f"{old.name}__nchw")
-            if origin := self.origin(old):
-                self.origins[self.nchw[new].name] = replace(origin, order=None)
+            self.stands_for(self.nchw[new], old, None)
         return self.nchw[new]
+
+    def last(self, old: Any) -> Any:
+        """An old value with its channels last, in its own rank."""
+        while isinstance(self.definition.get(old), relax.Var | relax.Tuple):
+            old = self.definition[old]  # another name of a value
+        if isinstance(old, relax.Tuple):
+            return relax.Tuple([self.last(field) for field in old.fields])
+        shape, new = shape_of(old), self.replaced(old)
+        if len(shape) < 3 or not isinstance(new, relax.Var):
+            return self.plain(old)
+        order = channels_last(len(shape))
+        if new not in self.images:
+            new = self.emit(R.permute_dims(new, order), f"{old.name}__nhwc")
+        elif len(shape) != 4:
+            new = self.emit(R.reshape(new, tuple(shape[axis] for axis in order)), f"{old.name}__nhwc")
+        self.stands_for(new, old, order)
+        return new
+
+    def stands_for(self, new: Any, old: Any, order: tuple[int, ...] | None) -> None:
+        """Notes that a new variable holds an old one's value, in this order of its axes."""
+        if origin := self.origin(old):
+            self.origins[new.name] = replace(origin, order=order)
 
     def in_model_layout(self, old: Any) -> Any | None:
         if isinstance(old, relax.Call):
@@ -114,7 +151,8 @@ class _ToNHWC(Rewriter):
         return None if isinstance(old, relax.TupleGetItem) else self.plain(old)
 
     def finish(self, output: Any) -> Any:
-        return self.plain(self.func.body.body)
+        old = self.func.body.body
+        return self.last(old) if self.channels_last in ("outputs", "both") else self.plain(old)
 
     def elementwise(self, old: relax.Call) -> Any | None:
         """On images if all its operands can be; image by image, so nothing it reads may vary with the depth."""
@@ -150,4 +188,14 @@ def _image_const(array: np.ndarray, shape: tuple[int, ...]) -> Any | None:
     return relax.const(moved[:, 0] if rank == 5 else moved)
 
 
-ToNHWC = module_pass(lambda mod: _ToNHWC(mod).run(), "ToNHWC")
+def _channels_last_param(param: Any) -> Any:
+    shape = shape_of(param)
+    if len(shape) < 3:
+        return param
+    moved = tuple(shape[axis] for axis in channels_last(len(shape)))
+    return relax.Var(param.name, relax.TensorType(moved, param.ty.dtype))
+
+
+def ToNHWC(channels_last: str = "none") -> Any:
+    """The pass; channels_last: "inputs", "outputs" or "both" of the function are N, …, C instead of N, C, …."""
+    return module_pass(lambda mod: _ToNHWC(mod, channels_last).run(), "ToNHWC")

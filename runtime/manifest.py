@@ -11,6 +11,7 @@ import math
 from typing import Any, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 
 FORMAT = 1
 """Version of the manifest and of the C interface. An artifact of another version is refused."""
@@ -26,12 +27,16 @@ class TargetEntry(TypedDict):
 
 
 class PortEntry(TypedDict):
-    """An input or output of the model, in the order of its signature. tensor: its id."""
+    """An input or output of the model, in the order of its signature, as the artifact takes or gives it.
+
+    tensor: its id. order: axis i of it is axis `order[i]` of the model's; null for the same axes (NCHW, as in PyTorch).
+    """
 
     name: str
     shape: list[int]
     dtype: str
     tensor: int
+    order: list[int] | None
 
 
 class ValueEntry(TypedDict):
@@ -100,6 +105,22 @@ class Manifest(TypedDict):
     persistent_bytes: int
     weights_bytes: int
     weights_sha256: str
+
+
+def to_model_axes(port: PortEntry, array: NDArray[Any]) -> NDArray[Any]:
+    """An array in the port's axes, in the model's."""
+    return array if port["order"] is None else array.transpose(np.argsort(port["order"]))
+
+
+def from_model_axes(port: PortEntry, array: NDArray[Any]) -> NDArray[Any]:
+    """An array in the model's axes, in the port's; contiguous."""
+    return array if port["order"] is None else np.ascontiguousarray(array.transpose(port["order"]))
+
+
+def model_shape(port: PortEntry) -> tuple[int, ...]:
+    """The shape in the model's axes."""
+    axes = range(len(port["shape"])) if port["order"] is None else np.argsort(port["order"])
+    return tuple(port["shape"][axis] for axis in axes)
 
 
 def tensor_bytes(shape: list[int] | tuple[int, ...], dtype: str) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 
 from bnncc.runtime.device import Device
 from bnncc.runtime.errors import BnnccError, InputError
-from bnncc.runtime.manifest import Manifest, PortEntry, StepEntry
+from bnncc.runtime.manifest import Manifest, PortEntry, StepEntry, from_model_axes, model_shape, to_model_axes
 from bnncc.runtime.report import Difference, ParityReport, StepParity
 from bnncc.runtime.values import StoredValue
 
@@ -115,7 +115,6 @@ class _Run:
         self.report = ParityReport(manifest["name"], manifest["target"]["name"], device_name, tolerance=TOLERANCE)
         self.values = {value.id: value for value in map(StoredValue.of, manifest["tensors"]) if value is not None}
         self.nodes = {value.node for value in self.values.values()}
-        self.input_ids = [port["tensor"] for port in manifest["inputs"]]
         self.units = _units(manifest, self.values)
         self.rows = [_rows(manifest["steps"][unit.steps[-1]], unit) for unit in self.units]
         self.report.steps = [row for rows in self.rows for row in rows]
@@ -128,8 +127,11 @@ class _Run:
 
     def outputs(self, batch: tuple[np.ndarray, ...]) -> float:
         """Runs one batch end to end; returns the largest relative difference of its outputs."""
-        device, eager = self.device.run(batch), self.reference.outputs(batch)
-        names = [port["name"] for port in self.manifest["outputs"]]
+        ports = self.manifest["outputs"]
+        given = [from_model_axes(*pair) for pair in zip(self.manifest["inputs"], batch, strict=True)]
+        device = [to_model_axes(*pair) for pair in zip(ports, self.device.run(given), strict=True)]
+        eager = self.reference.outputs(batch)
+        names = [port["name"] for port in ports]
         if [a.shape for a in device] != [b.shape for b in eager]:
             shapes = ", ".join(f"{name} {a.shape}" for name, a in zip(names, device, strict=True))
             raise BnnccError(
@@ -157,8 +159,8 @@ class _Run:
         return flips
 
     def _trace_whole(self, batch: tuple[np.ndarray, ...], encoded: dict[int, np.ndarray]) -> int:
-        for id_, array in zip(self.input_ids, batch, strict=True):
-            self.device.write(id_, array)
+        for port, array in zip(self.manifest["inputs"], batch, strict=True):
+            self.device.write(port["tensor"], from_model_axes(port, array))
         flips = 0
         for unit, rows in zip(self.units, self.rows, strict=True):
             self.device.run_steps(unit.steps[-1], 1)
@@ -259,7 +261,7 @@ def _array(value: Any) -> np.ndarray:
 
 def _pieces(port: PortEntry, array: np.ndarray) -> int:
     """How many batches of this input's shape lie in `array`, one after the other along the first axis."""
-    shape = tuple(port["shape"])
+    shape = model_shape(port)
     if str(array.dtype) != port["dtype"]:
         raise InputError(f"input '{port['name']}' is {port['dtype']}, but {array.dtype} was given")
     if array.shape == shape:

@@ -104,7 +104,14 @@ def build_manifest(plan: Plan, target: LinkTarget, io_alignment: int, more: Mapp
     """The manifest of a plan; `more` stands beside the entries made here. Raises ValueError where they collide."""
     ports = {
         role: [
-            {"name": t.name, "shape": t.shape, "dtype": t.dtype, "tensor": t.id} for t in (plan.tensors[i] for i in ids)
+            {
+                "name": t.name,
+                "shape": t.shape,
+                "dtype": t.dtype,
+                "tensor": t.id,
+                "order": t.value.order if t.value else None,
+            }
+            for t in (plan.tensors[i] for i in ids)
         ]
         for role, ids in (("inputs", plan.inputs), ("outputs", plan.outputs))
     }

@@ -59,7 +59,7 @@ def test_convolution_and_what_follows(check):
                 R.output(y__nchw)
             return y__nchw
 
-    check(ToNHWC, Before, Expected)
+    check(ToNHWC(), Before, Expected)
 
 
 def test_binary_operators_and_thresholds(function, check):
@@ -76,7 +76,7 @@ def test_binary_operators_and_thresholds(function, check):
         acc = call("binary_conv2d", [s, const(signs)], **attrs, slices=1, data_layout="NHWC")
         return R_.permute_dims(call("threshold", [acc, t], axis=3), [0, 3, 1, 2])
 
-    check(ToNHWC, function(SHAPE, before), function(SHAPE, expected))
+    check(ToNHWC(), function(SHAPE, before), function(SHAPE, expected))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,9 @@ def test_binary_operators_and_thresholds(function, check):
     ids=["mean", "negative axes", "kept axes", "adaptive pool"],
 )
 def test_a_network_that_ends_in_a_vector_moves_once(before, expected, function, check):
-    check(ToNHWC, function(SHAPE, before), function(SHAPE, lambda x: expected(emit(R_.permute_dims(x, [0, 2, 3, 1])))))
+    check(
+        ToNHWC(), function(SHAPE, before), function(SHAPE, lambda x: expected(emit(R_.permute_dims(x, [0, 2, 3, 1]))))
+    )
 
 
 def test_pad_and_concatenation(function, check):
@@ -108,7 +110,7 @@ def test_pad_and_concatenation(function, check):
         padded = emit(R_.nn.pad(R_.permute_dims(x, [0, 2, 3, 1]), [0, 1, 4, 5, 6, 7, 2, 3], pad_value=0.5))
         return R_.mean(emit(R_.concat([padded, emit(R_.nn.relu(padded))], axis=3)), [1, 2])
 
-    check(ToNHWC, function(SHAPE, before), function(SHAPE, expected))
+    check(ToNHWC(), function(SHAPE, before), function(SHAPE, expected))
 
 
 def test_a_reader_that_is_not_known_gets_the_models_layout(function, check):
@@ -123,7 +125,7 @@ def test_a_reader_that_is_not_known_gets_the_models_layout(function, check):
         back = emit(R_.permute_dims(r, [0, 3, 1, 2]))
         return R_.add(emit(R_.reshape(back, (48,))), emit(R_.reshape(emit(R_.cumsum(back, 2)), (48,))))
 
-    check(ToNHWC, function(SHAPE, before), function(SHAPE, expected))
+    check(ToNHWC(), function(SHAPE, before), function(SHAPE, expected))
 
 
 UNCHANGED = {
@@ -139,7 +141,7 @@ UNCHANGED = {
 @pytest.mark.parametrize("network", UNCHANGED)
 def test_do_not_move(network, function, check_unchanged):
     shape, body = UNCHANGED[network]
-    check_unchanged(ToNHWC, function(shape, body))
+    check_unchanged(ToNHWC(), function(shape, body))
 
 
 @pytest.mark.parametrize("constant", [(4, 1, 1), (1, 4, 1, 1), (5,), (7, 1), (1, 1, 7, 5), (2, 4, 7, 5), (), (1,)])
@@ -147,14 +149,14 @@ def test_constants_broadcast_as_before(constant, function, apply, evaluate):
     value = const(RNG.normal(size=constant))
     before = function(SHAPE, lambda x: R_.subtract(value, R_.multiply(x, value)))
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(evaluate(apply(ToNHWC, before), x), evaluate(before, x))
+    assert torch.equal(evaluate(apply(ToNHWC(), before), x), evaluate(before, x))
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 6), (2, 4, 3, 5, 6)], ids=["a sequence", "a volume"])
 def test_other_ranks_become_images(shape, function, apply, evaluate, calls):
     channel = const(RNG.normal(size=(4, *[1] * (len(shape) - 2))))
     before = function(shape, lambda x: R_.nn.relu(R_.add(R_.multiply(x, channel), x)))
-    after = apply(ToNHWC, before)
+    after = apply(ToNHWC(), before)
     assert calls(after) == ["permute_dims", "reshape", "multiply", "add", "nn.relu", "reshape", "permute_dims"]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert torch.equal(evaluate(after, x), evaluate(before, x))
@@ -162,7 +164,7 @@ def test_other_ranks_become_images(shape, function, apply, evaluate, calls):
 
 def test_do_not_move_constants_that_vary_with_the_depth(function, check_unchanged):
     depth = const(RNG.normal(size=(1, 1, 3, 1, 1)))
-    check_unchanged(ToNHWC, function((2, 4, 3, 5, 6), lambda x: R_.multiply(x, depth)))
+    check_unchanged(ToNHWC(), function((2, 4, 3, 5, 6), lambda x: R_.multiply(x, depth)))
 
 
 def test_names_say_how_a_value_lies(apply):
@@ -175,5 +177,5 @@ def test_names_say_how_a_value_lies(apply):
     mod = builder.get()
     table = {name: Origin(name, "stem").fields() for name in ("x", "r", "f")}
     mod["main"] = mod["main"].with_attrs({ORIGINS: table, LAYERS: []})
-    orders = {name: origin.order for name, origin in origins_of(apply(ToNHWC, mod)["main"]).items()}
+    orders = {name: origin.order for name, origin in origins_of(apply(ToNHWC(), mod)["main"]).items()}
     assert orders == {"x": None, "x__nhwc": (0, 2, 3, 1), "r": (0, 2, 3, 1), "r__nchw": None, "f": None}

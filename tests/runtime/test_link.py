@@ -60,7 +60,7 @@ def test_the_manifest_holds_the_plan(tiny, artifact):
         "cpu": "x86-64-v2",
         "features": ["sse4_2"],
     }
-    assert manifest["inputs"][1] == {"name": "n", "shape": [3], "dtype": "int64", "tensor": 1}
+    assert manifest["inputs"][1] == {"name": "n", "shape": [3], "dtype": "int64", "tensor": 1, "order": None}
     assert manifest["tensors"][4] == {
         "id": 4,
         "name": "h",

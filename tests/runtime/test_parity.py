@@ -100,8 +100,8 @@ def manifest():
         }
         for name, op, _, args, out, path, exact in STEPS
     ]
-    port = {"name": "x", "shape": [1, 2, 4, 4], "dtype": "float32", "tensor": IDS["x"]}
-    output = {"name": "output", "shape": [1, CLASSES], "dtype": "float32", "tensor": IDS["head"]}
+    port = {"name": "x", "shape": [1, 2, 4, 4], "dtype": "float32", "tensor": IDS["x"], "order": None}
+    output = {"name": "output", "shape": [1, CLASSES], "dtype": "float32", "tensor": IDS["head"], "order": None}
     return {
         "name": "tiny",
         "target": {"name": "fake"},
