@@ -221,17 +221,17 @@ def network_cost(artifact: Artifact, inputs: Sequence[np.ndarray], core: Core) -
     """The cost of every step of a network on a core."""
     with tempfile.TemporaryDirectory(prefix="bnncc-arm-") as name:
         folder = Path(name)
-        path = folder / f"{artifact.plan.name}.so"
+        path = folder / f"{artifact.name}.so"
         runner = runner_path(path)
         artifact.save(path, runner=runner)
-        ran = read_log(_log(runner, inputs, len(artifact.plan.outputs)))
-        functions = _functions(artifact.objects[0], runner.read_bytes(), folder)
+        ran = read_log(_log(runner, inputs, len(artifact.versions[0].plan.outputs)))
+        functions = _functions(artifact.versions[0].objects[0], runner.read_bytes(), folder)
     code = {name: [i for i in ran if any(i.address in part for part in parts)] for name, parts in functions.items()}
     return _costs(artifact, code, core)
 
 
 def _costs(artifact: Artifact, code: dict[str, list[Instruction]], core: Core) -> list[KernelCost]:
-    plan = artifact.plan
+    plan = artifact.versions[0].plan
     blocks = {name: basic_blocks(instructions) for name, instructions in code.items()}
     flat = [(name, block) for name, parts in blocks.items() for block in parts]
     # What runs seldom is charged one instruction a cycle: its share is nothing and its blocks are many.

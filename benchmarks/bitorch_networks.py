@@ -84,15 +84,15 @@ def check(name: str, target: str, side: int | None = None) -> dict[str, Any]:
         report = validate(path, model, [(image,)], device=device)
         size = path.stat().st_size
     exact = [step for step in report.steps if step.exact]
-    manifest = artifact.manifest
+    version = artifact.manifest["versions"][0]
     return {
         "ok": report.ok,
         "input": list(image.shape),
-        "layers": dict(Counter(layer["op"] for layer in manifest["layers"])),
-        "binary_macs": sum(layer["macs"] for layer in manifest["layers"] if layer["activation_bits"] < 32),
-        "float_macs": sum(layer["macs"] for layer in manifest["layers"] if layer["activation_bits"] == 32),
-        "weights_bytes": manifest["weights_bytes"],
-        "arena_bytes": manifest["arena_bytes"],
+        "layers": dict(Counter(layer["op"] for layer in version["layers"])),
+        "binary_macs": sum(layer["macs"] for layer in version["layers"] if layer["activation_bits"] < 32),
+        "float_macs": sum(layer["macs"] for layer in version["layers"] if layer["activation_bits"] == 32),
+        "weights_bytes": version["weights_bytes"],
+        "arena_bytes": version["arena_bytes"],
         "library_bytes": size,
         "compile_seconds": round(compiled, 1),
         "exact_steps": len(exact),

@@ -41,10 +41,10 @@ def compiled(name: str, model: torch.nn.Module, image: torch.Tensor, target: str
 
 def step_report(session: Session, image: np.ndarray, limits: dict[str, Any], isa: str, seconds: float) -> list[Any]:
     """What each step took, what it had to do, and its bound: a row of the JSON each, in order."""
-    works = roofline.work_of(session.manifest)
+    works = roofline.work_of(session.version)
     rows = []
     for work, took in zip(works, Stopwatch(session, [image]).laps(seconds), strict=True):
-        bound = roofline.bound(work, session.manifest, limits, isa)
+        bound = roofline.bound(work, session.version, limits, isa)
         rows.append({
             "step": work.step,
             "op": work.op,
@@ -62,7 +62,7 @@ def step_report(session: Session, image: np.ndarray, limits: dict[str, Any], isa
 
 def roofline_report(session: Session, seconds: float, limits: dict[str, Any], isa: str) -> dict[str, Any]:
     """The network's roofline in ms, and the share of it that a run of `seconds` reaches."""
-    total = roofline.total(roofline.work_of(session.manifest), session.manifest, limits, isa)
+    total = roofline.total(roofline.work_of(session.version), session.version, limits, isa)
     return {
         "ms": round(1e3 * total["all"], 4),
         "ms_of_layers_that_multiply": round(1e3 * total["layers"], 4),

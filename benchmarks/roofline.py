@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bnncc.runtime.manifest import LayerEntry, Manifest, StepEntry, tensor_bytes
+from bnncc.runtime.manifest import LayerEntry, StepEntry, VersionEntry, tensor_bytes
 
 _MOVES = frozenset(("permute_dims", "pad", "concat", "reshape", "copy", "pad_bits", "strided_slice", "split"))
 _MULTIPLIES = re.compile(r"conv|dense|linear|matmul")
@@ -54,15 +54,15 @@ class Bound:
         return max(self.compute, self.memory)
 
 
-def work_of(manifest: Manifest) -> list[Work]:
+def work_of(version: VersionEntry) -> list[Work]:
     """The work of every step, in order."""
-    macs: list[dict[tuple[int, int], int]] = [{} for _ in manifest["steps"]]
-    for layer in manifest["layers"]:
-        share = macs[_step_of(layer, manifest["steps"], macs)]
+    macs: list[dict[tuple[int, int], int]] = [{} for _ in version["steps"]]
+    for layer in version["layers"]:
+        share = macs[_step_of(layer, version["steps"], macs)]
         bits = (layer["activation_bits"], layer["weight_bits"])
         share[bits] = share.get(bits, 0) + layer["macs"]
-    sizes = [tensor_bytes(t["shape"], t["dtype"]) for t in manifest["tensors"]]
-    constant = [t["space"] in ("weights", "persistent") for t in manifest["tensors"]]
+    sizes = [tensor_bytes(t["shape"], t["dtype"]) for t in version["tensors"]]
+    constant = [t["space"] in ("weights", "persistent") for t in version["tensors"]]
     return [
         Work(
             index,
@@ -73,7 +73,7 @@ def work_of(manifest: Manifest) -> list[Work]:
             sum(sizes[i] for i in step["args"] if not constant[i]),
             sum(sizes[i] for i in step["args"] if constant[i]),
         )
-        for index, step in enumerate(manifest["steps"])
+        for index, step in enumerate(version["steps"])
     ]
 
 
@@ -86,11 +86,11 @@ def _step_of(layer: LayerEntry, steps: list[StepEntry], taken: list[dict[tuple[i
     return next((i for i in multiply if not taken[i]), (multiply or of_layer)[-1])
 
 
-def bound(work: Work, manifest: Manifest, limits: Mapping[str, Any], isa: str) -> Bound:
+def bound(work: Work, version: VersionEntry, limits: Mapping[str, Any], isa: str) -> Bound:
     """The bound of a step of an artifact on one core, by `benchmarks.limit.measure`'s limits."""
     rates = {kind: 1e9 * entry["gops"] for kind, entry in limits["arithmetic"][isa].items()}
     compute = sum(2 * macs / _rate(bits, rates) for bits, macs in work.macs.items())
-    everything = manifest["weights_bytes"] + manifest["arena_bytes"] + manifest["persistent_bytes"]
+    everything = version["weights_bytes"] + version["arena_bytes"] + version["persistent_bytes"]
     near = work.activation_bytes / _bandwidth(work.activation_bytes, limits["memory"])
     return Bound(compute, near + work.weight_bytes / _bandwidth(everything, limits["memory"]))
 
@@ -108,9 +108,9 @@ def _bandwidth(size: float, memory: Mapping[str, Mapping[str, float]]) -> float:
     return 1e9 * max(memory[level]["read_gbs"], memory[level]["copy_gbs"])
 
 
-def total(works: list[Work], manifest: Manifest, limits: Mapping[str, Any], isa: str) -> dict[str, float]:
+def total(works: list[Work], version: VersionEntry, limits: Mapping[str, Any], isa: str) -> dict[str, float]:
     """Seconds: "all" is the roofline of the network, "layers" the part of the steps that multiply."""
-    bounds = [(work, bound(work, manifest, limits, isa).seconds) for work in works]
+    bounds = [(work, bound(work, version, limits, isa).seconds) for work in works]
     return {
         "all": sum(seconds for work, seconds in bounds if not work.moves),
         "layers": sum(seconds for work, seconds in bounds if work.macs),

@@ -30,9 +30,9 @@ class Stopwatch:
     def __init__(self, session: Session, inputs: Sequence[np.ndarray]) -> None:
         self._session = session
         self._run = ctypes.cast(session._library.run_steps, ctypes.c_void_p)
-        for port, array in zip(session.inputs, inputs, strict=True):
-            session.write(port["tensor"], array)
-        self._count = len(session.manifest["steps"])
+        for tensor, array in zip(session.version["inputs"], inputs, strict=True):
+            session.write(tensor, array)
+        self._count = len(session.version["steps"])
         session.run_steps(0, self._count)
 
     def repeater(self, step: int, times: int) -> Callable[[], None]:

@@ -110,9 +110,9 @@ def compile_command(
 ) -> None:
     from bnncc import compiler
     from bnncc.models import load_model
-    from bnncc.targets.descriptor import get_target
+    from bnncc.targets.descriptor import get_targets
 
-    get_target(target)  # before minutes of loading and tracing: a typo is known at once
+    get_targets(target)  # before minutes of loading and tracing: a typo is known at once
     _check_folder(output, header, runner)
     with progress_bar() as progress:
         progress("loading the model", 0, 1)
@@ -273,30 +273,45 @@ def _inspect_artifact(artifact: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(manifest, indent=2))
         return
-    target = manifest["target"]
+    facts = [
+        ("model", f"{manifest['name']} (bnncc {manifest['bnncc']})"),
+        ("target", f"{manifest['target']} ({manifest['arch']})"),
+        ("inputs", ", ".join(map(_port, manifest["inputs"]))),
+        ("outputs", ", ".join(map(_port, manifest["outputs"]))),
+        ("weights", readable(manifest["weights_bytes"])),
+    ]
+    for version in manifest["versions"]:
+        facts += [
+            ("version", f"{version['name']}: {version['cpu']}; needs {' '.join(version['features'])}"),
+            (
+                "memory",
+                f"{readable(version['arena_bytes'])} arena, {readable(version['persistent_bytes'])} kept, "
+                f"{readable(version['weights_bytes'])} weights",
+            ),
+        ]
     out = console()
-    for key, value in {
-        "model": f"{manifest['name']} (bnncc {manifest['bnncc']})",
-        "target": f"{target['name']}: {target['arch']}, {target['cpu']}; needs {' '.join(target['features'])}",
-        "inputs": ", ".join(map(_port, manifest["inputs"])),
-        "outputs": ", ".join(map(_port, manifest["outputs"])),
-        "memory": f"{readable(manifest['arena_bytes'])} arena, {readable(manifest['persistent_bytes'])} kept",
-        "weights": readable(manifest["weights_bytes"]),
-    }.items():
+    for key, value in facts:
         out.print(f"{key + ':':9}{value}", highlight=False, soft_wrap=True)
-    out.print(layer_table(manifest["layers"]))
+    first = manifest["versions"][0]
+    if len(manifest["versions"]) > 1:  # their layers are the same but for the bytes
+        out.print(f"layers of {first['name']}:", highlight=False)
+    out.print(layer_table(first["layers"]))
 
 
 @bnncc.command(short_help="Lists the targets.")
 def targets() -> None:
     """Lists the targets to compile for; names of processors (znver4, cortex-a76, …) are accepted too."""
-    from bnncc.targets.descriptor import all_targets, native
+    from bnncc.targets.descriptor import all_families, all_targets, native
 
     table = Table(box=None, pad_edge=False)
     for heading in ("target", "architecture", "vectors", "description"):
         table.add_column(heading)
     for target in (native(), *all_targets()):
         table.add_row(target.name, target.arch, f"{target.vector_bits} bit", target.description)
+    for family in all_families():
+        members = family.targets()
+        bits = sorted({target.vector_bits for target in members})
+        table.add_row(family.name, members[0].arch, f"{bits[0]}-{bits[-1]} bit", family.description)
     console().print(table)
 
 

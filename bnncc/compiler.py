@@ -5,23 +5,22 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tvm import IRModule
 
-from bnncc.dialect.plan import Plan
 from bnncc.frontends.torch import Imported, export_model, to_relax
 from bnncc.models import is_onnx
 from bnncc.passes import pipeline
 from bnncc.runtime.errors import BnnccError
 from bnncc.runtime.manifest import Manifest
 from bnncc.runtime.session import Session
-from bnncc.targets.descriptor import TargetSpec, get_target
+from bnncc.targets.descriptor import TargetSpec, get_targets
 from bnncc.targets.emit import compile_kernels
-from bnncc.targets.link import build_manifest, link
+from bnncc.targets.link import Version, build_manifest, link
 
 Progress = Callable[[str, int, int], None]
 
@@ -37,7 +36,8 @@ CHANNELS_LAST = ("none", "inputs", "outputs", "both")
 class Options:
     """How to compile.
 
-    dump_ir: folder for the module after every pass, one file each; made if it is missing.
+    dump_ir: folder for the module after every pass, one file each; made if it is missing. Of a target that stands for
+        several, each has its own folder in there.
     channels_last: which images the artifact takes or gives as N, …, C (NHWC) instead of PyTorch's N, C, …: "inputs",
         "outputs", "both" or "none". Saves their transposition where the caller has them so. Shapes given to `compile`,
         and the tensors given to `validate`, stay in the model's axes.
@@ -53,16 +53,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A compiled network: its plan and its kernels' object code for one target."""
+    """A compiled network. versions: its plan and its kernels' object code, for each target that `target` stands for."""
 
-    plan: Plan
-    target: TargetSpec
-    objects: tuple[bytes, ...]
+    name: str
+    target: str
+    versions: tuple[Version, ...]
 
     @property
     def manifest(self) -> Manifest:
-        """What `bnncc.runtime.load(path).manifest` shows: inputs, outputs, layers, steps, memory, target."""
-        return build_manifest(self.plan, self.target, _IO_ALIGNMENT, {})
+        """What `bnncc.runtime.load(path).manifest` shows: inputs, outputs; of each version layers, steps, memory."""
+        return build_manifest(self.versions, _IO_ALIGNMENT, {}, self.target)
 
     def save(self, path: str | Path, header: str | Path | None = None, runner: str | Path | None = None) -> Path:
         """Links the artifact into the shared library `path`; each file appears whole or not at all.
@@ -71,19 +71,19 @@ class Artifact:
         .npy files.
         """
         link(
-            self.plan, self.objects, self.target, Path(path),
+            self.versions, Path(path), target=self.target,
             header=Path(header) if header else None, runner=Path(runner) if runner else None,
             io_alignment=_IO_ALIGNMENT,
         )  # fmt: skip
         return Path(path)
 
-    def load(self, threads: int | None = None) -> Session:
-        """A session on this machine, through a temporary file.
+    def load(self, threads: int | None = None, version: str | None = None) -> Session:
+        """A session on this machine, through a temporary file; arguments as of `bnncc.runtime.load`.
 
         Raises UnsupportedMachineError for an artifact of another machine.
         """
         with tempfile.TemporaryDirectory(prefix="bnncc-") as folder:
-            return Session(self.save(Path(folder) / f"{self.plan.name}.so"), threads)
+            return Session(self.save(Path(folder) / f"{self.name}.so"), threads, version)
 
 
 def compile(
@@ -101,7 +101,8 @@ def compile(
         model: a module in evaluation mode, an exported program, an `onnx.ModelProto` or the path of an `.onnx` file.
         example_inputs: tensors of the shapes and dtypes that the artifact will take; not needed for an exported
             program. Of an ONNX model they fix the shapes it leaves open; without them its batch becomes 1.
-        target: a name from `bnncc targets`, or a processor name such as "znver4".
+        target: a name from `bnncc targets`, or a processor name such as "znver4". A name that stands for several
+            targets ("x86-64") gives an artifact with a version for each of them.
         name: of the model, a C identifier: the prefix of the artifact's C functions.
         progress: called as ``progress(stage, done, total)``.
 
@@ -109,20 +110,42 @@ def compile(
         BnnccError: one line that says what cannot be compiled, and where in the model.
     """
     options = options or Options()
-    spec = get_target(target)
+    specs = get_targets(target)
     report = progress or (lambda stage, done, total: None)
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise BnnccError(f"the model's name {name!r} is no C identifier: use letters, digits and underscores")
     report("trace", 0, 1)
     imported = import_model(model, example_inputs)
-    dump = _Dump(options.dump_ir) if options.dump_ir else None
-    lowered = pipeline.run(imported.mod, spec, dump, report, options.channels_last)
+    labelled = len(specs) > 1
+    versions = tuple(_compile_version(imported.mod, spec, name, options, report, labelled) for spec in specs)
+    return Artifact(name, target if isinstance(target, str) else target.name, versions)
+
+
+def _compile_version(
+    mod: IRModule, spec: TargetSpec, name: str, options: Options, report: Progress, labelled: bool
+) -> Version:
+    """The imported module compiled for one target. labelled: progress, dumped IR and kernels carry its name."""
+    folder, stages = options.dump_ir, report
+    if labelled:
+        folder = folder / spec.name if folder else None
+
+        def stages(stage: str, done: int, total: int) -> None:
+            report(f"{spec.name}: {stage}", done, total)
+
+    lowered = pipeline.run(mod, spec, _Dump(folder) if folder else None, stages, options.channels_last)
     plan = pipeline.plan_memory(lowered, name)
-    kernels = IRModule({gvar: func for gvar, func in lowered.functions_items() if gvar.name_hint != "main"})
-    report("generate code", 0, 1)
-    code = compile_kernels(kernels, spec)
-    report("generate code", 1, 1)
-    return Artifact(plan, spec, (code,))
+    kernels = {gvar.name_hint: func for gvar, func in lowered.functions_items() if gvar.name_hint != "main"}
+    if labelled:
+        suffix = "_" + re.sub(r"\W", "_", spec.name)
+        kernels = {old + suffix: func.with_attr("global_symbol", old + suffix) for old, func in kernels.items()}
+        init, steps = (
+            tuple(replace(step, kernel=step.kernel + suffix) for step in part) for part in (plan.init, plan.steps)
+        )
+        plan = replace(plan, init=init, steps=steps)
+    stages("generate code", 0, 1)
+    code = compile_kernels(IRModule(kernels), spec)
+    stages("generate code", 1, 1)
+    return Version(plan, spec, (code,))
 
 
 def import_model(model: Any, example_inputs: Sequence[torch.Tensor] | torch.Tensor | None) -> Imported:

@@ -22,7 +22,7 @@ from bnncc.passes import pipeline
 from bnncc.passes.form_kernels import STEPS
 from bnncc.passes.rewriter import LAYERS, origins_of
 from bnncc.runtime.errors import BnnccError
-from bnncc.targets.descriptor import get_target
+from bnncc.targets.descriptor import get_targets
 
 REFUSED = "refused"
 
@@ -57,12 +57,13 @@ class Finding:
 def inspect_model(
     model: Any, example_inputs: Sequence[torch.Tensor] | torch.Tensor | None = None, target: str = "native"
 ) -> list[Finding]:
-    """The findings for a model, in the order of its graph; arguments as of `bnncc.compile`.
+    """The findings for a model, in the order of its graph; arguments as of `bnncc.compile`. Of a target that stands for
+    several, they are those of the most demanding one.
 
     Raises:
         BnnccError: a model that cannot be traced, or whose values have dtypes or shapes that nothing can compute with.
     """
-    spec = get_target(target)
+    spec = get_targets(target)[0]
     operators: dict[str, list[str]] = {}
     refused: list[Finding] = []
     if is_onnx(model):

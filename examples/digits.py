@@ -104,7 +104,7 @@ def compile_and_validate(
         artifact = bnncc.compile(model, (images[:1],), target, name="digits", progress=progress)
         artifact.save(path, header=path.with_suffix(".h"), runner=runner_path(path))
     if target == "native":
-        out.print(layer_table(artifact.manifest["layers"]))
+        out.print(layer_table(artifact.manifest["versions"][0]["layers"]))
     out.print(f"\n[bold]{target}[/bold]", "" if device == "local" else f"(under {device})")
     if device == "qemu" and shutil.which("qemu-aarch64") is None:
         out.print("  not validated: qemu-aarch64 is not installed (Debian: apt install qemu-user)", style="yellow")
@@ -128,7 +128,7 @@ def size_table(model: Digits, artifacts: list[Path]) -> Table:
     torch.save(model.state_dict(), checkpoint)
     binary = [module.weight for module in model.modules() if isinstance(module, QConv2d | QLinear)]
     float_bytes = sum(weight.numel() * weight.element_size() for weight in binary)
-    layers = bnncc.runtime.read_manifest(artifacts[0])["layers"]
+    layers = bnncc.runtime.read_manifest(artifacts[0])["versions"][0]["layers"]
     packed_bytes = sum(layer["weight_bytes"] for layer in layers if layer["weight_bits"] == 1)
     if packed_bytes * 8 > float_bytes:
         raise SystemExit(f"the binary layers take {packed_bytes} bytes, more than an eighth of {float_bytes}")

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 
 from bnncc.runtime.errors import UnsupportedMachineError
-from bnncc.runtime.manifest import Manifest
+from bnncc.runtime.manifest import Manifest, version_named
 
 _ARCHITECTURES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 _CPUINFO = Path("/proc/cpuinfo")
@@ -36,18 +36,25 @@ def host_features() -> frozenset[str] | None:
     return None
 
 
-def check_machine(manifest: Manifest, path: str | os.PathLike[str]) -> None:
-    """Raises UnsupportedMachineError unless code of the artifact can run in this process."""
+def check_machine(manifest: Manifest, path: str | os.PathLike[str], version: str | None = None) -> None:
+    """Raises UnsupportedMachineError unless that version of the artifact, or any, can run in this process.
+
+    Which one will run the driver decides, who asks the processor itself. InputError: there is no version of that name.
+    """
     target, host = manifest["target"], host_architecture()
-    if target["arch"] != host:
+    if manifest["arch"] != host:
         raise UnsupportedMachineError(
-            f"{path}: compiled for {target['arch']} (target {target['name']}), this machine is {host}; "
+            f"{path}: compiled for {manifest['arch']} (target {target}), this machine is {host}; "
             "compile for it, or use --device qemu"
         )
     features = host_features()
-    missing = [] if features is None else [f for f in target["features"] if f not in features]
-    if missing:
+    versions = manifest["versions"] if version is None else [version_named(manifest, version)]
+    missing = [[f for f in v["features"] if features is not None and f not in features] for v in versions]
+    if all(missing):
+        lacks = f"this CPU lacks {', '.join(missing[-1])}"
+        if version is not None:
+            raise UnsupportedMachineError(f"{path}: version {version} cannot run here: {lacks}")
         raise UnsupportedMachineError(
-            f"{path}: compiled for target {target['name']}, this CPU lacks {', '.join(missing)}; "
+            f"{path}: compiled for target {target}, {lacks}; "
             "compile with -t native on this machine, or for an older target"
         )

@@ -25,16 +25,17 @@ from numpy.typing import ArrayLike
 
 from bnncc.runtime.container import read_manifest
 from bnncc.runtime.errors import DeviceError, ExecutionError, InputError
-from bnncc.runtime.manifest import Manifest, tensor_bytes
+from bnncc.runtime.manifest import Manifest, VersionEntry, tensor_bytes, version_named
 from bnncc.runtime.session import Array, Session, check_inputs
 
 DEVICES = ("local", "qemu")
 
 
 class Device(ABC):
-    """An instance of an artifact somewhere. Tensor ids and step numbers are the manifest's."""
+    """An instance of an artifact somewhere. Tensor ids and step numbers are those of `version`, which runs there."""
 
     manifest: Manifest
+    version: VersionEntry
 
     @abstractmethod
     def write(self, tensor: int, array: Array) -> None:
@@ -62,10 +63,10 @@ class Device(ABC):
 
     def run(self, inputs: Sequence[ArrayLike]) -> list[Array]:
         """Runs the whole model; inputs and outputs in the manifest's order. Raises InputError, ExecutionError."""
-        for port, array in zip(self.manifest["inputs"], check_inputs(self.manifest["inputs"], inputs), strict=True):
-            self.write(port["tensor"], array)
-        self.run_steps(0, len(self.manifest["steps"]))
-        return [self.read(port["tensor"]) for port in self.manifest["outputs"]]
+        for tensor, array in zip(self.version["inputs"], check_inputs(self.manifest["inputs"], inputs), strict=True):
+            self.write(tensor, array)
+        self.run_steps(0, len(self.version["steps"]))
+        return [self.read(tensor) for tensor in self.version["outputs"]]
 
     def __enter__(self) -> Device:
         return self
@@ -102,7 +103,7 @@ class LocalDevice(Device):
 
     def __init__(self, artifact: str | os.PathLike[str], threads: int | None = None) -> None:
         self.session = Session(artifact, threads)
-        self.manifest = self.session.manifest
+        self.manifest, self.version = self.session.manifest, self.session.version
 
     def write(self, tensor: int, array: Array) -> None:
         self.session.write(tensor, array)
@@ -130,7 +131,7 @@ class LocalDevice(Device):
 class RunnerDevice(Device):
     """A runner started by some command, spoken to through its standard streams; runtime/c/serve.h is the protocol."""
 
-    _QUIT, _MANIFEST, _WRITE, _READ, _RUN_STEPS, _BENCH, _THREADS = range(7)
+    _QUIT, _MANIFEST, _WRITE, _READ, _RUN_STEPS, _BENCH, _THREADS, _VERSION = range(8)
     _REQUEST, _REPLY = struct.Struct("<IiiI"), struct.Struct("<II")
 
     def __init__(self, command: list[str], manifest: Manifest, threads: int | None = None) -> None:
@@ -145,6 +146,7 @@ class RunnerDevice(Device):
             raise DeviceError(f"{command[0]}: cannot be started: {error.strerror}") from None
         try:
             self._check_manifest()
+            self.version = version_named(manifest, self._ask(self._VERSION).decode())
             self.set_threads(threads)
         except BaseException:
             self.close()
@@ -158,7 +160,7 @@ class RunnerDevice(Device):
             raise InputError(str(error)) from None
 
     def read(self, tensor: int) -> Array:
-        entry = self.manifest["tensors"][self._known(tensor)]
+        entry = self.version["tensors"][self._known(tensor)]
         data = self._ask(self._READ, tensor)
         if len(data) != tensor_bytes(entry["shape"], entry["dtype"]):
             raise DeviceError(f"{self._command[-1]} sent {len(data)} bytes for tensor {tensor}")
@@ -170,7 +172,7 @@ class RunnerDevice(Device):
     def bench(self, runs: int) -> list[float]:
         if runs < 1:
             raise InputError(f"runs must be 1 or more; {runs} was given")
-        self._ask(self._RUN_STEPS, 0, len(self.manifest["steps"]))  # warms up
+        self._ask(self._RUN_STEPS, 0, len(self.version["steps"]))  # warms up
         return list(np.frombuffer(self._ask(self._BENCH, 0, runs), "<f8").tolist())
 
     def set_threads(self, threads: int | None) -> None:
@@ -192,8 +194,8 @@ class RunnerDevice(Device):
             _close_quietly(streams[2])
 
     def _known(self, tensor: int) -> int:
-        if not 0 <= tensor < len(self.manifest["tensors"]):
-            raise InputError(f"no tensor {tensor}; the model has {len(self.manifest['tensors'])}")
+        if not 0 <= tensor < len(self.version["tensors"]):
+            raise InputError(f"no tensor {tensor}; the model has {len(self.version['tensors'])}")
         return tensor
 
     def _check_manifest(self) -> None:
@@ -231,14 +233,14 @@ class RunnerDevice(Device):
         if -code == signal.SIGILL:
             return DeviceError(
                 f"{name} met an instruction that the emulated CPU lacks, as qemu does AVX-512; "
-                f"compile for a smaller target than {self.manifest['target']['name']}"
+                f"compile for a smaller target than {self.manifest['target']}"
             )
         why = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
         return DeviceError(f"{name} {why}{': ' + said.strip() if said else ''}")
 
 
 def _emulator(manifest: Manifest) -> str:
-    name = f"qemu-{manifest['target']['arch']}"
+    name = f"qemu-{manifest['arch']}"
     path = shutil.which(name) or shutil.which(f"{name}-static")
     if path is None:
         raise DeviceError(f"device qemu needs {name}, which is not installed; on Debian: apt install qemu-user")

@@ -14,12 +14,13 @@ from bnncc.runtime.errors import ArtifactError, ExecutionError
 from bnncc.runtime.manifest import Manifest
 
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
-    "create": (ctypes.c_void_p, []),
+    "create_version": (ctypes.c_void_p, [ctypes.c_char_p]),
     "destroy": (None, [ctypes.c_void_p]),
     "run": (ctypes.c_int, [ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_void_p)]),
     "run_steps": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]),
     "set_threads": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int32]),
     "tensor_data": (ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int32]),
+    "version": (ctypes.c_char_p, [ctypes.c_void_p]),
     "error": (ctypes.c_char_p, []),
 }
 
@@ -53,15 +54,15 @@ class Library:
             setattr(self, function, pointer)
 
     @classmethod
-    def acquire(cls, path: str | os.PathLike[str]) -> Library:
-        """Checks the file and maps it.
+    def acquire(cls, path: str | os.PathLike[str], version: str | None = None) -> Library:
+        """Checks the file, and whether this version of it, or any, can run here, and maps it.
 
         Raises:
-            ArtifactError, UnsupportedMachineError: nothing of the file was executed.
+            ArtifactError, UnsupportedMachineError, InputError: nothing of the file was executed.
         """
         with container.opened(path) as descriptor:
             manifest, digest = container.check(descriptor, path)
-            cpu.check_machine(manifest, path)
+            cpu.check_machine(manifest, path, version)
             with cls._lock:
                 while True:
                     library = cls._loaded.get(digest)
@@ -91,7 +92,8 @@ class Library:
         return ExecutionError(self.error().decode(errors="replace"))
 
     # Set from _FUNCTIONS; named here for readers and type checkers.
-    create: ctypes._NamedFuncPointer
+    create_version: ctypes._NamedFuncPointer
     destroy: ctypes._NamedFuncPointer
     tensor_data: ctypes._NamedFuncPointer
+    version: ctypes._NamedFuncPointer
     error: ctypes._NamedFuncPointer

@@ -13,29 +13,21 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = 1
+from bnncc.runtime.errors import InputError
+
+FORMAT = 2
 """Version of the manifest and of the C interface. An artifact of another version is refused."""
-
-
-class TargetEntry(TypedDict):
-    """arch: "x86_64", "aarch64" or "arm". cpu: LLVM's name. features: words of /proc/cpuinfo that must be there."""
-
-    name: str
-    arch: str
-    cpu: str
-    features: list[str]
 
 
 class PortEntry(TypedDict):
     """An input or output of the model, in the order of its signature, as the artifact takes or gives it.
 
-    tensor: its id. order: axis i of it is axis `order[i]` of the model's; null for the same axes (NCHW, as in PyTorch).
+    order: axis i of it is axis `order[i]` of the model's; null for the same axes (NCHW, as in PyTorch).
     """
 
     name: str
     shape: list[int]
     dtype: str
-    tensor: int
     order: list[int] | None
 
 
@@ -83,8 +75,33 @@ class LayerEntry(TypedDict):
     weight_bytes: int
 
 
+class VersionEntry(TypedDict):
+    """The model compiled for one target.
+
+    name: the target's. cpu: LLVM's name. features: words of /proc/cpuinfo that must be there. inputs, outputs: the ids
+    of the tensors in which the model's inputs and outputs lie. weights_bytes: what it needs, shared or not.
+    """
+
+    name: str
+    cpu: str
+    features: list[str]
+    layers: list[LayerEntry]
+    tensors: list[TensorEntry]
+    init: list[StepEntry]
+    steps: list[StepEntry]
+    inputs: list[int]
+    outputs: list[int]
+    arena_bytes: int
+    persistent_bytes: int
+    weights_bytes: int
+
+
 class Manifest(TypedDict):
-    """The whole. prefix: of the C functions' names. io_alignment: callers' buffers so aligned are used in place.
+    """The whole. prefix: of the C functions' names. target: what the compiler was asked for.
+
+    arch: "x86_64", "aarch64" or "arm". versions: the most demanding first; an instance runs the first whose features
+    the machine has. weights: of all versions together, equal ones once. io_alignment: callers' buffers so aligned are
+    used in place.
 
     What the compiler adds on its own account (options, opt-ins such as fast-math) stands beside these keys.
     """
@@ -93,18 +110,23 @@ class Manifest(TypedDict):
     bnncc: str
     name: str
     prefix: str
-    target: TargetEntry
+    target: str
+    arch: str
     inputs: list[PortEntry]
     outputs: list[PortEntry]
-    layers: list[LayerEntry]
-    tensors: list[TensorEntry]
-    init: list[StepEntry]
-    steps: list[StepEntry]
+    versions: list[VersionEntry]
     io_alignment: int
-    arena_bytes: int
-    persistent_bytes: int
     weights_bytes: int
     weights_sha256: str
+
+
+def version_named(manifest: Manifest, name: str) -> VersionEntry:
+    """The version of that name. Raises InputError for any other, with the names that there are."""
+    for version in manifest["versions"]:
+        if version["name"] == name:
+            return version
+    names = ", ".join(version["name"] for version in manifest["versions"])
+    raise InputError(f"no version '{name}'; the artifact holds {names}")
 
 
 def to_model_axes(port: PortEntry, array: NDArray[Any]) -> NDArray[Any]:

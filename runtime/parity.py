@@ -22,7 +22,7 @@ import numpy as np
 
 from bnncc.runtime.device import Device
 from bnncc.runtime.errors import BnnccError, InputError
-from bnncc.runtime.manifest import Manifest, PortEntry, StepEntry, from_model_axes, model_shape, to_model_axes
+from bnncc.runtime.manifest import PortEntry, StepEntry, VersionEntry, from_model_axes, model_shape, to_model_axes
 from bnncc.runtime.report import Difference, ParityReport, StepParity
 from bnncc.runtime.values import StoredValue
 
@@ -110,13 +110,13 @@ class _Run:
     def __init__(self, device: Device, reference: Reference, device_name: str) -> None:
         self.device = device
         self.reference = reference
-        manifest = device.manifest
-        self.manifest = manifest
-        self.report = ParityReport(manifest["name"], manifest["target"]["name"], device_name, tolerance=TOLERANCE)
-        self.values = {value.id: value for value in map(StoredValue.of, manifest["tensors"]) if value is not None}
+        manifest, version = device.manifest, device.version
+        self.manifest, self.version = manifest, version
+        self.report = ParityReport(manifest["name"], version["name"], device_name, tolerance=TOLERANCE)
+        self.values = {value.id: value for value in map(StoredValue.of, version["tensors"]) if value is not None}
         self.nodes = {value.node for value in self.values.values()}
-        self.units = _units(manifest, self.values)
-        self.rows = [_rows(manifest["steps"][unit.steps[-1]], unit) for unit in self.units]
+        self.units = _units(version, self.values)
+        self.rows = [_rows(version["steps"][unit.steps[-1]], unit) for unit in self.units]
         self.report.steps = [row for rows in self.rows for row in rows]
         self.batch_size = (*manifest["inputs"][0]["shape"], 1)[0]
         scores = manifest["outputs"][0]["shape"]
@@ -159,8 +159,9 @@ class _Run:
         return flips
 
     def _trace_whole(self, batch: tuple[np.ndarray, ...], encoded: dict[int, np.ndarray]) -> int:
-        for port, array in zip(self.manifest["inputs"], batch, strict=True):
-            self.device.write(port["tensor"], from_model_axes(port, array))
+        ports = self.manifest["inputs"]
+        for tensor, port, array in zip(self.version["inputs"], ports, batch, strict=True):
+            self.device.write(tensor, from_model_axes(port, array))
         flips = 0
         for unit, rows in zip(self.units, self.rows, strict=True):
             self.device.run_steps(unit.steps[-1], 1)
@@ -174,7 +175,7 @@ class _Run:
             if not rows:
                 continue
             for index in unit.steps:
-                arguments, _ = _arguments(self.manifest["steps"][index])
+                arguments, _ = _arguments(self.version["steps"][index])
                 # Just before its step, not earlier: the arena gives memory that is read no more to somebody else.
                 for id_ in arguments:
                     if id_ in encoded:
@@ -294,20 +295,20 @@ def _is_packed(value: StoredValue) -> bool:
     return value.layout is not None and value.levels is None
 
 
-def _units(manifest: Manifest, values: dict[int, StoredValue]) -> list[_Unit]:
+def _units(version: VersionEntry, values: dict[int, StoredValue]) -> list[_Unit]:
     """One unit a step: with it, the earlier steps that make those of its inputs that stand for no value."""
     units: list[_Unit] = []
     # By memory, not by id: a reshape is another tensor of the same memory.
-    place = {tensor["id"]: (tensor["space"], tensor["offset"]) for tensor in manifest["tensors"]}
+    place = {tensor["id"]: (tensor["space"], tensor["offset"]) for tensor in version["tensors"]}
     maker: dict[tuple[str, int], int] = {}
     inexact: set[tuple[str, int]] = set()
-    for index, step in enumerate(manifest["steps"]):
+    for index, step in enumerate(version["steps"]):
         reads, writes = _arguments(step)
         needed = {index}
         for id_ in reads:
             if id_ not in values and place[id_] in maker:
                 needed.update(units[maker[place[id_]]].steps)
-        exact = all(manifest["steps"][i]["exact"] for i in needed)
+        exact = all(version["steps"][i]["exact"] for i in needed)
         downstream = not exact or any(place[id_] in inexact for id_ in reads)
         outputs = tuple(values[id_] for id_ in writes if id_ in values)
         units.append(_Unit(tuple(sorted(needed)), exact, downstream, outputs))

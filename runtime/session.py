@@ -16,24 +16,26 @@ from numpy.typing import ArrayLike, NDArray
 
 from bnncc.runtime.errors import InputError
 from bnncc.runtime.library import Library
-from bnncc.runtime.manifest import Manifest, PortEntry, tensor_bytes
+from bnncc.runtime.manifest import Manifest, PortEntry, VersionEntry, tensor_bytes, version_named
 
 _ALIGNMENT = 64
 Array = NDArray[Any]
 
 
-def load(path: str | os.PathLike[str], threads: int | None = None) -> Session:
+def load(path: str | os.PathLike[str], threads: int | None = None, version: str | None = None) -> Session:
     """Loads an artifact.
 
     path: what `bnncc compile` wrote.
     threads: how many compute; None takes one per physical core that this process may use.
+    version: which of the artifact's versions to run, by name, for tests; None takes that of the environment variable
+        BNNCC_VERSION, and where there is none, the best that this machine can run.
 
     Raises:
         ArtifactError: the file is missing, truncated, altered, or no artifact.
         UnsupportedMachineError: it was compiled for another architecture, or this CPU lacks a feature it needs.
-        InputError: threads is below 1.
+        InputError: threads is below 1, or there is no such version.
     """
-    return Session(path, threads)
+    return Session(path, threads, version)
 
 
 class Session:
@@ -41,25 +43,29 @@ class Session:
 
     Sessions are independent of each other. Calls of one session from several threads take turns. The GIL is released
     while the model runs. Close it (or use `with`) to give back memory and threads at once.
+
+    version: the manifest's entry for the version that runs.
     """
 
     manifest: Manifest
+    version: VersionEntry
     inputs: tuple[PortEntry, ...]
     outputs: tuple[PortEntry, ...]
 
-    def __init__(self, path: str | os.PathLike[str], threads: int | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], threads: int | None = None, version: str | None = None) -> None:
         if threads is not None and threads < 1:
             raise InputError(f"threads must be 1 or more, or None for one per physical core; {threads} was given")
-        self._library = library = Library.acquire(path)
+        self._library = library = Library.acquire(path, version)
         self.manifest = library.manifest
         self.inputs, self.outputs = tuple(self.manifest["inputs"]), tuple(self.manifest["outputs"])
         self._lock = threading.Lock()
-        instance = library.create()
+        instance = library.create_version(None if version is None else version.encode())
         if not instance:
             failure = library.failure()
             library.release()
             raise failure
         self._instance = ctypes.c_void_p(instance)
+        self.version = version_named(self.manifest, library.version(self._instance).decode())
         self._finalizer = weakref.finalize(self, _destroy, library, self._instance)
         self._staging: dict[int, Array] = {}
         try:
@@ -122,8 +128,8 @@ class Session:
         """Stores an array, of the tensor's bytes, into a tensor of the plan. Raises InputError."""
         with self._lock:
             address, size = self._memory(tensor)
-            if self.manifest["tensors"][tensor]["space"] == "weights":
-                raise InputError(f"tensor {tensor} ('{self.manifest['tensors'][tensor]['name']}') is a constant")
+            if self.version["tensors"][tensor]["space"] == "weights":
+                raise InputError(f"tensor {tensor} ('{self.version['tensors'][tensor]['name']}') is a constant")
             if array.nbytes != size:
                 raise InputError(f"tensor {tensor} takes {size} bytes, {array.nbytes} were given")
             ctypes.memmove(address, np.ascontiguousarray(array).ctypes.data, size)
@@ -133,7 +139,7 @@ class Session:
         with self._lock:
             address, size = self._memory(tensor)
             data = bytearray(ctypes.string_at(address, size))
-        entry = self.manifest["tensors"][tensor]
+        entry = self.version["tensors"][tensor]
         return np.frombuffer(data, entry["dtype"]).reshape(entry["shape"])
 
     def run_steps(self, first: int, count: int) -> None:
@@ -161,7 +167,7 @@ class Session:
 
     def _memory(self, tensor: int) -> tuple[int, int]:
         """Address and bytes of a tensor."""
-        instance, tensors = self._open_instance(), self.manifest["tensors"]
+        instance, tensors = self._open_instance(), self.version["tensors"]
         if not 0 <= tensor < len(tensors):
             raise InputError(f"no tensor {tensor}; the model has {len(tensors)}")
         size = tensor_bytes(tensors[tensor]["shape"], tensors[tensor]["dtype"])

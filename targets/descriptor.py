@@ -211,9 +211,34 @@ _REGISTERED = {
 }
 
 
+@dataclass(frozen=True)
+class TargetFamily:
+    """Several targets in one artifact, for machines of one architecture. members: names, the most demanding first."""
+
+    name: str
+    members: tuple[str, ...]
+    description: str
+
+    def targets(self) -> tuple[TargetSpec, ...]:
+        return tuple(map(get_target, self.members))
+
+
+#: icelake-server stands for AVX-512 with VPOPCNTDQ and VNNI: all of it from Intel since Ice Lake, from AMD since Zen 4.
+_FAMILIES = {
+    f.name: f
+    for f in (
+        TargetFamily(
+            "x86-64",
+            ("icelake-server", "x86-64-v4", "x86-64-v3", "x86-64-v2"),
+            "all of x86-64-v2, -v3, -v4 and icelake-server in one artifact, which takes the best when it is loaded",
+        ),
+    )
+}
+
+
 def target_names() -> tuple[str, ...]:
     """The names to show a user; processor names are accepted besides."""
-    return ("native", *_REGISTERED)
+    return ("native", *_REGISTERED, *_FAMILIES)
 
 
 def all_targets() -> tuple[TargetSpec, ...]:
@@ -221,14 +246,30 @@ def all_targets() -> tuple[TargetSpec, ...]:
     return tuple(_REGISTERED.values())
 
 
+def all_families() -> tuple[TargetFamily, ...]:
+    """The registered families."""
+    return tuple(_FAMILIES.values())
+
+
+def get_targets(name: str | TargetSpec) -> tuple[TargetSpec, ...]:
+    """What an artifact for that name is compiled for, the most demanding first: one target, or all of a family.
+
+    Raises BnnccError as `get_target`.
+    """
+    family = _FAMILIES.get(name) if isinstance(name, str) else None
+    return family.targets() if family else (get_target(name),)
+
+
 def get_target(name: str | TargetSpec) -> TargetSpec:
-    """The target of that name. Raises BnnccError, with the nearest names, for any other."""
+    """The one target of that name. Raises BnnccError, with the nearest names, for any other."""
     if isinstance(name, TargetSpec):
         return name
     if name == "native":
         return native()
     if name in _REGISTERED:
         return _REGISTERED[name]
+    if name in _FAMILIES:
+        raise BnnccError(f"{name} stands for several targets: name one of {', '.join(_FAMILIES[name].members)}")
     spec = _by_cpu(name)
     if spec is not None:
         return spec

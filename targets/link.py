@@ -15,11 +15,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from bnncc import __version__, runtime
-from bnncc.dialect.plan import Plan
+from bnncc.dialect.plan import Plan, Tensor
 from bnncc.runtime.container import seal, write_whole
 from bnncc.runtime.errors import LinkError
 from bnncc.runtime.manifest import FORMAT, Manifest, tensor_bytes
@@ -32,6 +33,9 @@ _RUNNER = ("runner.c", "serve.c", "npy.c")
 # builds its C library once for all CPUs.
 _FLAGS = ("-std=gnu11", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-sanitize=undefined")
 
+# In bytes, of every tensor in the arena and of every constant: what kernels rely on.
+_ALIGNMENT = 64
+
 # What of TVM's runtime an object may refer to: the driver defines these.
 _PROVIDED = {
     "TVMFFIErrorSetRaisedFromCStr",
@@ -40,6 +44,9 @@ _PROVIDED = {
     "__TVMBackendFreeWorkspace",
     "__TVMBackendParallelLaunch",
 }
+
+
+_T = TypeVar("_T")
 
 
 class LinkTarget(Protocol):
@@ -62,12 +69,24 @@ class LinkTarget(Protocol):
     def features(self) -> Sequence[str]: ...
 
 
+@dataclass(frozen=True)
+class Version:
+    """A model compiled for one target.
+
+    objects: object files that together define `__tvm_ffi_<kernel>` for every step of the plan; of several versions that
+    go into one artifact, no two may define the same.
+    """
+
+    plan: Plan
+    target: LinkTarget
+    objects: tuple[bytes, ...]
+
+
 def link(
-    plan: Plan,
-    objects: Sequence[bytes],
-    target: LinkTarget,
+    versions: Sequence[Version],
     out: Path,
     *,
+    target: str | None = None,
     header: Path | None = None,
     runner: Path | None = None,
     manifest: Mapping[str, Any] | None = None,
@@ -75,23 +94,27 @@ def link(
 ) -> None:
     """Writes the artifact, and on request its C header and its runner; each file appears whole or not at all.
 
-    objects: object files that together define `__tvm_ffi_<kernel>` for every step of the plan.
+    versions: of one model, for processors of one architecture; the most demanding first.
+    target: what they are together; a single one's own name is the default.
     manifest: entries to stand in the manifest beside those of `bnncc.runtime.manifest.Manifest`.
     io_alignment: in bytes, what the kernels assume of inputs and outputs; callers' arrays so aligned are used in place.
 
     Raises:
         LinkError: ziglang is missing or fails, or the model's name cannot be used.
         ArtifactError: a file cannot be written.
-        ValueError: the plan contradicts itself or the objects (a bug of the compiler, not of its user).
+        ValueError: a plan contradicts itself, its objects, or another plan (a bug of the compiler, not of its user).
     """
-    _check_plan(plan)
-    _check_objects(plan, objects, target.arch)
-    entries = build_manifest(plan, target, io_alignment, manifest or {})
+    for version in versions:
+        _check_plan(version.plan)
+        _check_objects(version)
+    entries = build_manifest(versions, io_alignment, manifest or {}, target)
+    plans, weights = share_weights([version.plan for version in versions])
+    system = versions[0].target
     with tempfile.TemporaryDirectory(prefix="bnncc-link-") as name:
         folder = Path(name)
-        sources = _write_sources(folder, plan, objects, entries)
-        image = _link_library(folder, sources, target.zig, out.name)
-        executable = _link_runner(folder, sources, target.zig_static) if runner else None
+        sources = _write_sources(folder, plans, weights, [o for version in versions for o in version.objects], entries)
+        image = _link_library(folder, sources, system.zig, out.name)
+        executable = _link_runner(folder, sources, system.zig_static) if runner else None
     section = Elf(image).section(MANIFEST_SECTION)
     write_whole(out, seal(image, section.offset, section.size - 1), 0o777)  # without the terminating zero
     if header:
@@ -100,42 +123,85 @@ def link(
         write_whole(runner, executable, 0o777)
 
 
-def build_manifest(plan: Plan, target: LinkTarget, io_alignment: int, more: Mapping[str, Any]) -> Manifest:
-    """The manifest of a plan; `more` stands beside the entries made here. Raises ValueError where they collide."""
-    ports = {
-        role: [
-            {
-                "name": t.name,
-                "shape": t.shape,
-                "dtype": t.dtype,
-                "tensor": t.id,
-                "order": t.value.order if t.value else None,
-            }
-            for t in (plan.tensors[i] for i in ids)
-        ]
-        for role, ids in (("inputs", plan.inputs), ("outputs", plan.outputs))
-    }
+def build_manifest(
+    versions: Sequence[Version], io_alignment: int, more: Mapping[str, Any], target: str | None = None
+) -> Manifest:
+    """The manifest; arguments as of `link`.
+
+    `more` stands beside the entries made here. Raises ValueError where they collide, or where the versions are not of
+    one model and one architecture.
+    """
+    plans, weights = share_weights([version.plan for version in versions])
+    name = _common("names", [plan.name for plan in plans])
     entries = {
         "format": FORMAT,
         "bnncc": __version__,
-        "name": plan.name,
-        "prefix": symbol_prefix(plan.name),
-        "target": {"name": target.name, "arch": target.arch, "cpu": target.cpu, "features": sorted(target.features)},
-        **ports,
-        "layers": [dataclasses.asdict(layer) for layer in plan.layers],
-        "tensors": [dataclasses.asdict(tensor) for tensor in plan.tensors],
-        "init": [dataclasses.asdict(step) for step in plan.init],
-        "steps": [dataclasses.asdict(step) for step in plan.steps],
+        "name": name,
+        "prefix": symbol_prefix(name),
+        "target": target or versions[0].target.name,
+        "arch": _common("architectures", [version.target.arch for version in versions]),
+        "inputs": _common("inputs", [_ports(plan, plan.inputs) for plan in plans]),
+        "outputs": _common("outputs", [_ports(plan, plan.outputs) for plan in plans]),
+        "versions": [_version_entry(*pair) for pair in zip(versions, plans, strict=True)],
         "io_alignment": io_alignment,
-        "arena_bytes": plan.arena_bytes,
-        "persistent_bytes": plan.persistent_bytes,
-        "weights_bytes": len(plan.weights),
-        "weights_sha256": hashlib.sha256(plan.weights).hexdigest(),
+        "weights_bytes": len(weights),
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
     if taken := sorted(set(entries) & set(more)):
         raise ValueError(f"the manifest has its own {', '.join(taken)}")
     # Through JSON, so that what callers see now is what they will read back: lists, not tuples.
     return cast(Manifest, json.loads(json.dumps({**entries, **more})))
+
+
+def _version_entry(version: Version, plan: Plan) -> dict[str, Any]:
+    """plan: the version's, its weights where they lie in the artifact."""
+    target = version.target
+    return {
+        "name": target.name,
+        "cpu": target.cpu,
+        "features": sorted(target.features),
+        "layers": [dataclasses.asdict(layer) for layer in plan.layers],
+        "tensors": [dataclasses.asdict(tensor) for tensor in plan.tensors],
+        "init": [dataclasses.asdict(step) for step in plan.init],
+        "steps": [dataclasses.asdict(step) for step in plan.steps],
+        "inputs": plan.inputs,
+        "outputs": plan.outputs,
+        "arena_bytes": plan.arena_bytes,
+        "persistent_bytes": plan.persistent_bytes,
+        "weights_bytes": len(version.plan.weights),
+    }
+
+
+def _ports(plan: Plan, ids: Sequence[int]) -> list[dict[str, Any]]:
+    return [
+        {"name": t.name, "shape": t.shape, "dtype": t.dtype, "order": t.value.order if t.value else None}
+        for t in (plan.tensors[i] for i in ids)
+    ]
+
+
+def _common(what: str, values: Sequence[_T]) -> _T:
+    if any(value != values[0] for value in values):
+        raise ValueError(f"versions of one model have different {what}: {values}")
+    return values[0]
+
+
+def share_weights(plans: Sequence[Plan]) -> tuple[list[Plan], bytes]:
+    """The plans with the weights of all of them in one piece of memory, and that; equal constants lie there once."""
+    memory = bytearray()
+    places: dict[bytes, int] = {}
+
+    def move(plan: Plan, tensor: Tensor) -> Tensor:
+        if tensor.space != "weights":
+            return tensor
+        content = plan.weights[tensor.offset : tensor.offset + tensor_bytes(tensor.shape, tensor.dtype)]
+        if content not in places:
+            places[content] = len(memory)
+            memory.extend(content + bytes(-len(content) % _ALIGNMENT))
+        return dataclasses.replace(tensor, offset=places[content])
+
+    moved = [dataclasses.replace(plan, tensors=tuple(move(plan, tensor) for tensor in plan.tensors)) for plan in plans]
+    weights = bytes(memory)
+    return [dataclasses.replace(plan, weights=weights) for plan in moved], weights
 
 
 def _check_plan(plan: Plan) -> None:
@@ -144,7 +210,7 @@ def _check_plan(plan: Plan) -> None:
         size = tensor_bytes(tensor.shape, tensor.dtype)
         if tensor.id != position:
             raise ValueError(f"tensor {tensor.id} ({tensor.name}) stands at position {position}")
-        if tensor.space in spaces and (tensor.offset % 64 or tensor.offset + size > spaces[tensor.space]):
+        if tensor.space in spaces and (tensor.offset % _ALIGNMENT or tensor.offset + size > spaces[tensor.space]):
             raise ValueError(f"tensor {tensor.id} ({tensor.name}) does not lie in its space {tensor.space}")
     for role, ids in (("input", plan.inputs), ("output", plan.outputs)):
         if len(set(ids)) != len(ids):
@@ -167,9 +233,10 @@ def _check_plan(plan: Plan) -> None:
         raise ValueError(f"no step writes output {unwritten}")
 
 
-def _check_objects(plan: Plan, objects: Sequence[bytes], arch: str) -> None:
+def _check_objects(version: Version) -> None:
+    plan, arch = version.plan, version.target.arch
     defined: set[str] = set()
-    for elf in map(Elf, objects):
+    for elf in map(Elf, version.objects):
         if elf.architecture != arch:
             raise ValueError(f"an object file is for {elf.architecture}, the target is {arch}")
         defined |= {symbol.name for symbol in elf.symbols if symbol.defined}
@@ -181,15 +248,17 @@ def _check_objects(plan: Plan, objects: Sequence[bytes], arch: str) -> None:
             raise ValueError(f"no object file defines kernel {step.kernel}")
 
 
-def _write_sources(folder: Path, plan: Plan, objects: Sequence[bytes], manifest: Manifest) -> list[str]:
+def _write_sources(
+    folder: Path, plans: Sequence[Plan], weights: bytes, objects: Sequence[bytes], manifest: Manifest
+) -> list[str]:
     """Puts what is particular to this model into the folder; returns the files to compile or link."""
     text = json.dumps(manifest, separators=(",", ":")).encode()
-    weights = folder / f"weights-{manifest['weights_sha256']}.bin"
+    weights_file = folder / f"weights-{manifest['weights_sha256']}.bin"
     manifest_file = folder / f"manifest-{hashlib.sha256(text).hexdigest()}.json"
-    weights.write_bytes(plan.weights)
+    weights_file.write_bytes(weights)
     manifest_file.write_bytes(text)
     (folder / "model.h").write_text(model_h(manifest))
-    (folder / "model.c").write_text(model_c(plan, manifest, weights, manifest_file))
+    (folder / "model.c").write_text(model_c(plans, manifest, weights_file, manifest_file))
     (folder / "exports.map").write_text(version_script(manifest["prefix"]))
     names = [f"kernels{i}.o" for i in range(len(objects))]
     for name, data in zip(names, objects, strict=True):

@@ -10,11 +10,11 @@ import numpy as np
 
 from bnncc.dialect.plan import Plan, Step, Tensor
 from bnncc.runtime.errors import LinkError
-from bnncc.runtime.manifest import Manifest, PortEntry, tensor_bytes
+from bnncc.runtime.manifest import Manifest, PortEntry, VersionEntry, tensor_bytes
 
 API = (
-    "create", "destroy", "run", "set_threads", "error", "manifest", "input_count", "output_count", "input", "output",
-    "tensor_data", "run_steps",
+    "create", "create_version", "destroy", "version", "run", "set_threads", "error", "manifest", "input_count",
+    "output_count", "input", "output", "tensor_data", "run_steps",
 )  # fmt: skip
 """What an artifact exports, each name after the model's own."""
 
@@ -41,8 +41,9 @@ def version_script(prefix: str) -> str:
 def model_h(manifest: Manifest) -> str:
     """The header for C and C++ programs."""
     p, alignment = manifest["prefix"], manifest["io_alignment"]
-    guard, target = f"{p.upper()}_H", manifest["target"]["name"]
+    guard, target = f"{p.upper()}_H", manifest["target"]
     ports = [f" *   input {i}:  {_port_text(port)}" for i, port in enumerate(manifest["inputs"])]
+    versions = ", ".join(version["name"] for version in manifest["versions"])
     ports += [f" *   output {i}: {_port_text(port)}" for i, port in enumerate(manifest["outputs"])]
     return f"""\
 /* C interface of the model "{_comment(manifest["name"])}", compiled for {target} by bnncc {manifest["bnncc"]}.
@@ -71,9 +72,16 @@ typedef struct {{
   size_t bytes;
 }} {p}_tensor;
 
-/* A new instance, which owns all memory it needs; NULL on failure, see {p}_error. */
+/* A new instance, which owns all memory it needs; NULL on failure, see {p}_error. Of the library's versions
+ *   {versions}
+ * it runs the first that this machine can, or the one that the environment variable BNNCC_VERSION names. */
 {p}_instance *{p}_create(void);
+/* The same with a version chosen by name, for tests. */
+{p}_instance *{p}_create_version(const char *version);
 void {p}_destroy({p}_instance *instance);
+
+/* The name of the version that the instance runs. */
+const char *{p}_version(const {p}_instance *instance);
 
 /* Runs the model. inputs and outputs: one pointer each in the order above, to contiguous arrays that do not overlap.
  * Arrays aligned to {alignment} bytes are used in place, others are copied. Returns 0, or -1 (see {p}_error). */
@@ -107,17 +115,15 @@ int {p}_run_steps({p}_instance *instance, int32_t first, int32_t count);
 """
 
 
-def model_c(plan: Plan, manifest: Manifest, weights: Path, manifest_file: Path) -> str:
+def model_c(plans: Sequence[Plan], manifest: Manifest, weights: Path, manifest_file: Path) -> str:
     """The tables as constants, and the public functions.
 
-    weights, manifest_file: files that the assembler includes. Their names must change with their content, since the C
-    compiler's cache does not look into them.
+    plans: of the manifest's versions, in order. weights, manifest_file: files that the assembler includes. Their names
+    must change with their content, since the C compiler's cache does not look into them.
     """
     prefix = manifest["prefix"]
-    shapes = [size for tensor in plan.tensors for size in tensor.shape]
-    calls = [*plan.init, *plan.steps]
-    kernels = sorted({step.kernel for step in calls})
-    arguments = [arg for step in calls for arg in step.args]
+    kernels = sorted({step.kernel for plan in plans for step in (*plan.init, *plan.steps)})
+    versions = list(zip(plans, manifest["versions"], strict=True))
     lines = [
         '#include "driver.h"',
         '#include "model.h"',
@@ -128,27 +134,17 @@ def model_c(plan: Plan, manifest: Manifest, weights: Path, manifest_file: Path) 
         'extern const char bnncc_manifest[] __attribute__((visibility("hidden")));',
         *(f"int __tvm_ffi_{kernel}(void *, const FFIAny *, int32_t, FFIAny *);" for kernel in kernels),
         "",
-        f"static const int64_t shapes[] = {{{_list(shapes)}}};",
-        f"static const int32_t arguments[] = {{{_list(arguments)}}};",
-        f"static const int32_t inputs[] = {{{_list(plan.inputs)}}}, outputs[] = {{{_list(plan.outputs)}}};",
-        "",
-        *_table("ModelTensor", "tensors", _tensor_rows(plan.tensors)),
-        *_table("ModelStep", "steps", _step_rows(calls)),
-        *_table("Description", "input_descriptions", _port_rows(plan, manifest["inputs"])),
-        *_table("Description", "output_descriptions", _port_rows(plan, manifest["outputs"])),
+        *(line for i, (plan, _) in enumerate(versions) for line in _version_tables(plan, i)),
+        *_table("ModelVersion", "versions", [_version_row(*version, i) for i, version in enumerate(versions)]),
+        *_port_tables("input", manifest["inputs"]),
+        *_port_tables("output", manifest["outputs"]),
         "const Model bnncc_model = {",
-        f"    .name = {_string(plan.name)},",
-        "    .manifest = bnncc_manifest,",
-        f"    .required_features = {_string(' '.join(manifest['target']['features']))},",
-        "    .weights = bnncc_weights, .tensors = tensors, .arguments = arguments,",
-        f"    .init = steps, .steps = steps + {len(plan.init)},",
-        "    .inputs = inputs, .outputs = outputs,",
+        f"    .name = {_string(manifest['name'])},",
+        "    .manifest = bnncc_manifest, .weights = bnncc_weights,",
         "    .input_descriptions = input_descriptions, .output_descriptions = output_descriptions,",
-        f"    .tensor_count = {len(plan.tensors)}, .init_count = {len(plan.init)}, .step_count = {len(plan.steps)},",
-        f"    .argument_count = {len(arguments)},",
-        f"    .input_count = {len(plan.inputs)}, .output_count = {len(plan.outputs)},",
-        f"    .arena_bytes = {plan.arena_bytes}, .persistent_bytes = {plan.persistent_bytes},",
+        f"    .input_count = {len(manifest['inputs'])}, .output_count = {len(manifest['outputs'])},",
         f"    .io_alignment = {manifest['io_alignment']},",
+        f"    .versions = versions, .version_count = {len(versions)},",
         "};",
         "",
         _FUNCTIONS.replace("@", prefix),
@@ -160,8 +156,10 @@ _FUNCTIONS = """\
 _Static_assert(sizeof(@_tensor) == sizeof(Description), "model.h and driver.h describe tensors alike");
 
 #define API __attribute__((visibility("default")))
-API @_instance *@_create(void) { return (@_instance *)bnncc_create(&bnncc_model); }
+API @_instance *@_create(void) { return @_create_version(NULL); }
+API @_instance *@_create_version(const char *version) { return (@_instance *)bnncc_create(&bnncc_model, version); }
 API void @_destroy(@_instance *self) { bnncc_destroy((Instance *)self); }
+API const char *@_version(const @_instance *self) { return bnncc_version((const Instance *)self)->name; }
 API int @_run(@_instance *self, const void *const *from, void *const *to) {
   return bnncc_run((Instance *)self, from, to);
 }
@@ -206,13 +204,42 @@ def _table(kind: str, name: str, rows: Sequence[str]) -> list[str]:
     return [f"static const {kind} {name}[] = {{", *(f"    {{{row}}}," for row in rows or ["0"]), "};", ""]
 
 
-def _tensor_rows(tensors: Sequence[Tensor]) -> list[str]:
+def _version_tables(plan: Plan, i: int) -> list[str]:
+    """The tables of version `i`; its number ends their names."""
+    shapes = [size for tensor in plan.tensors for size in tensor.shape]
+    calls = [*plan.init, *plan.steps]
+    return [
+        f"static const int64_t shapes_{i}[] = {{{_list(shapes)}}};",
+        f"static const int32_t arguments_{i}[] = {{{_list([arg for step in calls for arg in step.args])}}};",
+        f"static const int32_t inputs_{i}[] = {{{_list(plan.inputs)}}}, outputs_{i}[] = {{{_list(plan.outputs)}}};",
+        "",
+        *_table("ModelTensor", f"tensors_{i}", _tensor_rows(plan.tensors, i)),
+        *_table("ModelStep", f"steps_{i}", _step_rows(calls)),
+    ]
+
+
+def _version_row(plan: Plan, version: VersionEntry, i: int) -> str:
+    return ", ".join(
+        [
+            f".name = {_string(version['name'])}",
+            f".required_features = {_string(' '.join(version['features']))}",
+            f".tensors = tensors_{i}, .init = steps_{i}, .steps = steps_{i} + {len(plan.init)}",
+            f".arguments = arguments_{i}, .inputs = inputs_{i}, .outputs = outputs_{i}",
+            f".tensor_count = {len(plan.tensors)}",
+            f".init_count = {len(plan.init)}, .step_count = {len(plan.steps)}",
+            f".argument_count = {sum(len(step.args) for step in (*plan.init, *plan.steps))}",
+            f".arena_bytes = {plan.arena_bytes}, .persistent_bytes = {plan.persistent_bytes}",
+        ]
+    )
+
+
+def _tensor_rows(tensors: Sequence[Tensor], version: int) -> list[str]:
     rows, at = [], 0
     for tensor in tensors:
         dtype = np.dtype(tensor.dtype)
         kind = f"{{{_TYPE_CODES[dtype.kind]}, {dtype.itemsize * 8}, 1}}"
         rows.append(
-            f"{_string(tensor.name)}, {_string(tensor.dtype)}, shapes + {at}, {len(tensor.shape)}, {kind}, "
+            f"{_string(tensor.name)}, {_string(tensor.dtype)}, shapes_{version} + {at}, {len(tensor.shape)}, {kind}, "
             f"SPACE_{tensor.space.upper()}, {tensor.offset}, {tensor_bytes(tensor.shape, tensor.dtype)}"
         )
         at += len(tensor.shape)
@@ -227,12 +254,19 @@ def _step_rows(steps: Sequence[Step]) -> list[str]:
     return rows
 
 
-def _port_rows(plan: Plan, ports: Sequence[PortEntry]) -> list[str]:
-    starts = [sum(len(tensor.shape) for tensor in plan.tensors[:i]) for i in range(len(plan.tensors))]
+def _port_tables(role: str, ports: Sequence[PortEntry]) -> list[str]:
+    """`input_shapes` and `input_descriptions`, or the same of outputs."""
+    shapes = [size for port in ports for size in port["shape"]]
+    rows, at = [], 0
+    for port in ports:
+        rows.append(
+            f"{_string(port['name'])}, {_string(port['dtype'])}, {len(port['shape'])}, {role}_shapes + {at}, "
+            f"{tensor_bytes(port['shape'], port['dtype'])}"
+        )
+        at += len(port["shape"])
     return [
-        f"{_string(port['name'])}, {_string(port['dtype'])}, {len(port['shape'])}, shapes + {starts[port['tensor']]}, "
-        f"{tensor_bytes(port['shape'], port['dtype'])}"
-        for port in ports
+        f"static const int64_t {role}_shapes[] = {{{_list(shapes)}}};",
+        *_table("Description", f"{role}_descriptions", rows),
     ]
 
 

@@ -78,8 +78,8 @@ def test_an_image_that_is_given_as_it_is_read_is_not_moved():
     x = torch.randn(1, 64, 8, 8)
     model = nn.Sequential(QConv2d(64, 64, 3, padding=1)).eval()
     artifact = bnncc.compile(model, (x,), options=bnncc.Options(channels_last="both"))
-    assert [step["op"] for step in artifact.manifest["steps"] if "permute" in step["op"]] == []
-    assert any("permute" in step["op"] for step in bnncc.compile(model, (x,)).manifest["steps"])
+    assert [step["op"] for step in artifact.manifest["versions"][0]["steps"] if "permute" in step["op"]] == []
+    assert any("permute" in step["op"] for step in bnncc.compile(model, (x,)).manifest["versions"][0]["steps"])
 
 
 def test_an_unknown_value_is_refused():

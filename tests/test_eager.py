@@ -84,7 +84,7 @@ class Spoiled:
 
     def __init__(self, device, step):
         self.device, self.step = device, step
-        self.manifest = device.manifest
+        self.manifest, self.version = device.manifest, device.version
 
     def __getattr__(self, name):
         return getattr(self.device, name)
@@ -93,25 +93,25 @@ class Spoiled:
         for index in range(first, first + count):
             self.device.run_steps(index, 1)
             if index == self.step:
-                id_ = self.manifest["steps"][index]["args"][-1]
+                id_ = self.version["steps"][index]["args"][-1]
                 array = self.device.read(id_)
                 # The middle of the tensor: no padding pixel, and not a padding bit of few channels.
                 array.view(np.uint8).reshape(-1)[array.nbytes // 2 & ~3] ^= 1
                 self.device.write(id_, array)
 
     def run(self, inputs):
-        for port, array in zip(self.manifest["inputs"], inputs, strict=True):
-            self.device.write(port["tensor"], array)
-        self.run_steps(0, len(self.manifest["steps"]))
-        return [self.device.read(port["tensor"]) for port in self.manifest["outputs"]]
+        for tensor, array in zip(self.version["inputs"], inputs, strict=True):
+            self.device.write(tensor, array)
+        self.run_steps(0, len(self.version["steps"]))
+        return [self.device.read(tensor) for tensor in self.version["outputs"]]
 
 
 def test_one_flipped_bit_in_any_exact_step_is_found_and_named(saved, model, images):
     path, device = saved
     reference = EagerReference(model, (images[:1],))
     with open_device(path, device) as opened:
-        tensors = opened.manifest["tensors"]
-        steps = dict(enumerate(opened.manifest["steps"]))
+        tensors = opened.version["tensors"]
+        steps = dict(enumerate(opened.version["steps"]))
         targets = [i for i, step in steps.items() if step["exact"] and StoredValue.of(tensors[step["args"][-1]])]
         assert len(targets) >= 6
         for index in targets:

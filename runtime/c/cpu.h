@@ -4,8 +4,9 @@
 
 #include <stddef.h>
 
-/* Whether one of the required words (separated by spaces) is absent from the features of /proc/cpuinfo; the first
- * such word is copied. 0 where the file lists none, as under qemu-user for another architecture. */
+/* Whether this machine lacks one of the required features: words of /proc/cpuinfo, separated by spaces; the first such
+ * word is copied. On x86-64 the processor is asked, and the system whether it saves the registers; elsewhere the file,
+ * and the answer is 0 where that lists nothing, as under qemu-user on another architecture. */
 int cpu_lacks(const char *required, char *missing, size_t size);
 
 /* CPUs that this process may run on, at least 1. */

@@ -3,6 +3,9 @@
  * The linker generates model.c: the tables below as constants, and the public functions of model.h, which carry the
  * model's name and forward to the functions here. Everything but those public functions is hidden in the library.
  *
+ * A model may have several versions, each for other processors of one architecture: the same inputs and outputs, all
+ * else of its own. An instance runs one of them.
+ *
  * Memory: an instance is one allocation, 64-byte aligned: its bookkeeping, the arena, the persistent space, and a home
  * for every input and output. A home is used for a caller's buffer that is not aligned to `io_alignment`, and by
  * bnncc_run_steps. Running allocates nothing, but for what the first run may add: worker threads, and scratch memory
@@ -31,7 +34,7 @@ typedef struct {
 typedef struct {
   const char *name;
   FFIFunction call;
-  int32_t first_argument; /* into Model.arguments */
+  int32_t first_argument; /* into ModelVersion.arguments */
   int32_t argument_count;
 } ModelStep;
 
@@ -45,26 +48,39 @@ typedef struct {
 } Description;
 
 typedef struct {
-  const char *name;
-  const char *manifest;          /* JSON, zero-terminated */
+  const char *name;              /* of the target it is compiled for: "x86-64-v3" */
   const char *required_features; /* words of /proc/cpuinfo separated by spaces */
-  const unsigned char *weights;
   const ModelTensor *tensors;
   const ModelStep *init, *steps;
-  const int32_t *arguments; /* tensor ids */
-  const int32_t *inputs, *outputs;
+  const int32_t *arguments;        /* tensor ids */
+  const int32_t *inputs, *outputs; /* tensor ids, in the model's order */
+  int32_t tensor_count, init_count, step_count, argument_count;
+  size_t arena_bytes, persistent_bytes;
+} ModelVersion;
+
+typedef struct {
+  const char *name;
+  const char *manifest;         /* JSON, zero-terminated */
+  const unsigned char *weights; /* of all versions */
   const Description *input_descriptions, *output_descriptions;
-  int32_t tensor_count, init_count, step_count, argument_count, input_count, output_count;
-  size_t arena_bytes, persistent_bytes, io_alignment;
+  int32_t input_count, output_count;
+  size_t io_alignment;
+  const ModelVersion *versions; /* the most demanding first */
+  int32_t version_count;
 } Model;
 
 typedef struct Instance Instance;
 
 extern const Model bnncc_model; /* in the generated model.c */
 
-/* A new instance with its init steps run, or NULL (see bnncc_error). */
-Instance *bnncc_create(const Model *model);
+/* A new instance with its init steps run, or NULL (see bnncc_error).
+ * version: the name of the version to run. NULL: that of the environment variable BNNCC_VERSION; where it is not set or
+ * empty, the first version whose features this machine has. */
+Instance *bnncc_create(const Model *model, const char *version);
 void bnncc_destroy(Instance *self);
+
+/* The version that the instance runs. */
+const ModelVersion *bnncc_version(const Instance *self);
 
 /* Runs the whole model; buffers in the order of the model's inputs and outputs, contiguous, not overlapping.
  * Returns 0, or -1 with the reason in bnncc_error. */

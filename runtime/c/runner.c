@@ -18,17 +18,19 @@ static int complain(const char *program) {
   return 1;
 }
 
-static void print_tensor(const char *role, int32_t id) {
-  const ModelTensor *tensor = &bnncc_model.tensors[id];
-  printf("  %s %s %s (", role, tensor->name, tensor->dtype);
-  for (int32_t i = 0; i < tensor->ndim; i++) printf("%s%lld", i ? ", " : "", (long long)tensor->shape[i]);
-  printf("%s)\n", tensor->ndim == 1 ? "," : "");
+static void print_port(const char *role, const Description *port) {
+  printf("  %s %s %s (", role, port->name, port->dtype);
+  for (int32_t i = 0; i < port->ndim; i++) printf("%s%lld", i ? ", " : "", (long long)port->shape[i]);
+  printf("%s)\n", port->ndim == 1 ? "," : "");
 }
 
 static void print_help(const char *program) {
   printf(usage, program, program, program, program);
-  for (int32_t i = 0; i < bnncc_model.input_count; i++) print_tensor("input ", bnncc_model.inputs[i]);
-  for (int32_t i = 0; i < bnncc_model.output_count; i++) print_tensor("output", bnncc_model.outputs[i]);
+  for (int32_t i = 0; i < bnncc_model.input_count; i++) print_port("input ", &bnncc_model.input_descriptions[i]);
+  for (int32_t i = 0; i < bnncc_model.output_count; i++) print_port("output", &bnncc_model.output_descriptions[i]);
+  if (bnncc_model.version_count > 1) printf("Versions, of which BNNCC_VERSION=NAME forces one:\n");
+  for (int32_t i = 0; i < bnncc_model.version_count && bnncc_model.version_count > 1; i++)
+    printf("  %s\n", bnncc_model.versions[i].name);
 }
 
 static int compare(const void *a, const void *b) {
@@ -45,8 +47,8 @@ static int bench(Instance *instance, int count) {
     sum += seconds[i];
   }
   qsort(seconds, (size_t)count, sizeof *seconds, compare);
-  printf("%d runs: min %.4f ms, median %.4f ms, mean %.4f ms\n", count, 1e3 * seconds[0], 1e3 * seconds[count / 2],
-         1e3 * sum / count);
+  printf("%d runs of %s: min %.4f ms, median %.4f ms, mean %.4f ms\n", count, bnncc_version(instance)->name,
+         1e3 * seconds[0], 1e3 * seconds[count / 2], 1e3 * sum / count);
   free(seconds);
   return 0;
 }
@@ -90,19 +92,19 @@ static int parse(int argc, char **argv, Options *options) {
 }
 
 static int run(Instance *instance, const Options *options) {
-  const Model *model = &bnncc_model;
+  const ModelVersion *version = bnncc_version(instance);
   if (bnncc_set_threads(instance, options->threads)) return -1;
   if (options->serve) return serve(instance);
-  for (int32_t i = 0; i < model->input_count; i++) {
-    const ModelTensor *tensor = &model->tensors[model->inputs[i]];
-    void *home = bnncc_tensor_data(instance, model->inputs[i]);
+  for (int32_t i = 0; i < bnncc_model.input_count; i++) {
+    const ModelTensor *tensor = &version->tensors[version->inputs[i]];
+    void *home = bnncc_tensor_data(instance, version->inputs[i]);
     memset(home, 0, tensor->bytes);
     if (i < options->input_count && npy_read(options->inputs[i], tensor, home)) return -1;
   }
-  if (bnncc_run_steps(instance, 0, model->step_count)) return -1;
+  if (bnncc_run_steps(instance, 0, version->step_count)) return -1;
   for (int32_t i = 0; i < options->output_count; i++)
-    if (npy_write(options->outputs[i], &model->tensors[model->outputs[i]],
-                  bnncc_tensor_data(instance, model->outputs[i])))
+    if (npy_write(options->outputs[i], &version->tensors[version->outputs[i]],
+                  bnncc_tensor_data(instance, version->outputs[i])))
       return -1;
   return options->count ? bench(instance, options->count) : 0;
 }
@@ -116,7 +118,7 @@ int main(int argc, char **argv) {
   Options options = {.inputs = inputs, .outputs = outputs};
   if (argc == 1) return print_help(argv[0]), 2;
   if (parse(argc, argv, &options)) return complain(argv[0]), 2;
-  Instance *instance = bnncc_create(&bnncc_model);
+  Instance *instance = bnncc_create(&bnncc_model, NULL);
   int failed = !instance || run(instance, &options);
   if (failed) complain(argv[0]);
   bnncc_destroy(instance);

@@ -17,7 +17,7 @@ typedef struct {
 double timed_run(Instance *instance) {
   struct timespec start, end;
   clock_gettime(CLOCK_MONOTONIC, &start);
-  if (bnncc_run_steps(instance, 0, bnncc_model.step_count)) return -1;
+  if (bnncc_run_steps(instance, 0, bnncc_version(instance)->step_count)) return -1;
   clock_gettime(CLOCK_MONOTONIC, &end);
   return (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec);
 }
@@ -37,7 +37,7 @@ static int reply_status(int failed) {
 
 static int write_tensor(Instance *instance, const Request *request) {
   void *data = bnncc_tensor_data(instance, (int32_t)request->first);
-  const ModelTensor *tensor = data ? &bnncc_model.tensors[request->first] : NULL;
+  const ModelTensor *tensor = data ? &bnncc_version(instance)->tensors[request->first] : NULL;
   if (tensor && tensor->space == SPACE_WEIGHTS) {
     bnncc_fail("tensor %d ('%s') is a constant", (int)request->first, tensor->name);
     tensor = NULL;
@@ -74,13 +74,15 @@ static int answer(Instance *instance, const Request *request) {
       return write_tensor(instance, request);
     case SERVE_READ:
       data = bnncc_tensor_data(instance, (int32_t)request->first);
-      return data ? reply(0, data, bnncc_model.tensors[request->first].bytes) : reply_status(1);
+      return data ? reply(0, data, bnncc_version(instance)->tensors[request->first].bytes) : reply_status(1);
     case SERVE_RUN_STEPS:
       return reply_status(bnncc_run_steps(instance, (int32_t)request->first, (int32_t)request->count));
     case SERVE_BENCH:
       return bench(instance, request->count);
     case SERVE_THREADS:
       return reply_status(bnncc_set_threads(instance, (int32_t)request->first));
+    case SERVE_VERSION:
+      return reply(0, bnncc_version(instance)->name, strlen(bnncc_version(instance)->name));
     default:
       return reply_status(bnncc_fail("no operation %u", (unsigned)request->operation));
   }

@@ -3,8 +3,8 @@
  * Standard input carries requests, standard output replies; all integers are little-endian.
  *   request: uint32 operation, first, count, bytes; then `bytes` bytes
  *   reply:   uint32 failed (0 or 1), bytes; then `bytes` bytes: the result, or the error's text
- * Tensor ids and step numbers are the manifest's. The steps work on the homes of inputs and outputs: write the inputs,
- * run, read the outputs.
+ * Tensor ids and step numbers are the manifest's, of the version that runs. The steps work on the homes of inputs and
+ * outputs: write the inputs, run, read the outputs.
  */
 #ifndef BNNCC_SERVE_H
 #define BNNCC_SERVE_H
@@ -18,7 +18,8 @@ typedef enum {
   SERVE_READ = 3,      /* replies the bytes of tensor `first` */
   SERVE_RUN_STEPS = 4, /* runs `count` steps from step `first` */
   SERVE_BENCH = 5,     /* runs all steps `count` times; replies `count` float64, seconds */
-  SERVE_THREADS = 6    /* sets `first` threads, 0 for the default */
+  SERVE_THREADS = 6,   /* sets `first` threads, 0 for the default */
+  SERVE_VERSION = 7    /* replies the name of the version that runs */
 } ServeOperation;
 
 /* Answers until SERVE_QUIT or the end of the input; returns the exit status. */

@@ -72,7 +72,7 @@ def run(cases: Sequence[Case], target: str, folder: Path, kinds: Set[str] = froz
     path = folder / "model.so"
     model = Branches([case.module for case in cases]).eval()
     artifact = bnncc.compile(model, tuple(case.input for case in cases), target)
-    found = {str(layer["op"]).split()[0] for layer in artifact.manifest["layers"]}
+    found = {str(layer["op"]).split()[0] for layer in artifact.manifest["versions"][0]["layers"]}
     assert not kinds or found <= kinds, found
     artifact.save(path, runner=runner_path(path) if device == "qemu" else None)
     try:

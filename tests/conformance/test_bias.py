@@ -113,5 +113,5 @@ def test_manifest_names_the_step_inexact(kernel, packed):
         shape = (1, 8, 2, 2) if kernel else (1, 8)
         case = Case("", _Biased(8, 3, kernel, bias, True, generator), torch.randn(shape, generator=generator))
         model = (_packed(case) if packed else case).module.eval()
-        steps = bnncc.compile(model, (case.input,)).manifest["steps"]
+        steps = bnncc.compile(model, (case.input,)).manifest["versions"][0]["steps"]
         assert all(step["exact"] for step in steps) is exact

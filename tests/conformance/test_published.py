@@ -78,7 +78,7 @@ def _is_scaled(actual: np.ndarray, sums: np.ndarray, factors: np.ndarray) -> boo
 def _check(cases: Sequence[Case], target: str, folder: Any) -> None:
     """Every layer is computed on bits or integers, exactly; bit-equal to eager where no step is rounded."""
     outputs = run(cases, target, folder)
-    layers = read_manifest(folder / "model.so")["layers"]
+    layers = read_manifest(folder / "model.so")["versions"][0]["layers"]
     assert len(layers) == len(cases)
     wrong = [f"{row['path']}: {row['op']}" for row in layers if row["op"].startswith(("float", "weight-only"))]
     for case, actual in zip(cases, outputs, strict=True):

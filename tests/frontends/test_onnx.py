@@ -115,7 +115,7 @@ def test_a_residual_network_is_exact(network, images, tmp_path):
     # Only the stem and the head sum floats.
     inexact = {layer for step in report.steps if not step.exact for layer in step.layers}
     assert inexact == {"/stem/Conv", "/stem/BatchNormalization", "/block1/Where", "/head/Gemm"}
-    layers = {layer["path"]: layer["op"] for layer in artifact.manifest["layers"]}
+    layers = {layer["path"]: layer["op"] for layer in artifact.manifest["versions"][0]["layers"]}
     assert layers == {
         "/stem/Conv": "conv2d", "/block1/Conv": "binary conv2d", "/block2/Conv": "binary conv2d",
         "/block3/Conv": "binary conv2d", "/block4/Conv": "binary conv2d", "/block5/Gemm": "binary linear",
@@ -145,7 +145,7 @@ def test_what_pytorch_exports_compiles(tmp_path):
     artifact = bnncc.compile(path)
     report = bnncc.validate(artifact, path, [x])
     assert report.ok, report.problems
-    found = {layer["path"]: layer["op"] for layer in artifact.manifest["layers"]}
+    found = {layer["path"]: layer["op"] for layer in artifact.manifest["versions"][0]["layers"]}
     assert found == {
         "/0/Conv": "conv2d", "/1/Conv": "binary conv2d", "/5/Conv": "binary conv2d", "/8/MatMul": "binary linear"
     }  # fmt: skip
@@ -199,9 +199,9 @@ def test_a_qonnx_network_is_exact(scale, tmp_path):
     artifact = bnncc.compile(network)
     report = bnncc.validate(artifact, network, [images])
     assert report.ok, report.problems
-    layers = {layer["path"]: layer["op"] for layer in artifact.manifest["layers"]}
+    layers = {layer["path"]: layer["op"] for layer in artifact.manifest["versions"][0]["layers"]}
     assert layers["conv1"] == "binary conv2d"
-    exact = {layer for step in artifact.manifest["steps"] if step["exact"] for layer in step["layers"]}
+    exact = {layer for step in artifact.manifest["versions"][0]["steps"] if step["exact"] for layer in step["layers"]}
     assert ("conv1" in exact) == (scale != 0.3)  # the reference's own sum of ±0.3 rounds
     assert "conv2" in exact  # two bits by two bits
     # The numbers in this network are multiples of powers of two, so that not even its float layers round.

@@ -328,8 +328,8 @@ def test_shapes_are_exact(kind):
 def _check_exact(branches, inputs, target, kind):
     network = _Branches(branches).eval()
     artifact = bnncc.compile(network, tuple(inputs), replace(get_target(target), most_plane_pairs=KINDS[kind]))
-    assert [layer["op"].split()[0] for layer in artifact.manifest["layers"]] == [kind] * len(branches)
-    assert all(step["exact"] for step in artifact.manifest["steps"])
+    assert [layer["op"].split()[0] for layer in artifact.manifest["versions"][0]["layers"]] == [kind] * len(branches)
+    assert all(step["exact"] for step in artifact.manifest["versions"][0]["steps"])
     results = artifact.load()(*(x.numpy() for x in inputs))
     for ours, eager in zip(results, network(*inputs), strict=True):
         np.testing.assert_array_equal(ours, eager.detach().numpy())
@@ -350,7 +350,7 @@ def test_layers():
     ).eval()
     x = torch.rand(2, 8, 6, 6)
     artifact = bnncc.compile(network, (x,))
-    widths = [(row["activation_bits"], row["weight_bits"]) for row in artifact.manifest["layers"]]
+    widths = [(row["activation_bits"], row["weight_bits"]) for row in artifact.manifest["versions"][0]["layers"]]
     assert widths == [(2, 1), (4, 2), (1, 3), (8, 4)]
     report = bnncc.validate(artifact, network, [(torch.rand(2, 8, 6, 6),) for _ in range(3)])
     assert report.ok, report.problems

@@ -41,13 +41,14 @@ ARM = Machine(
 
 
 @functools.cache
-def kernels(machine: Machine) -> bytes:
-    """Object code of: double (init), affine (a parallel loop), reverse (a workspace, and expf of libm), count."""
+def kernels(machine: Machine, suffix: str = "") -> bytes:
+    """Object code of: double (init), affine (a parallel loop), reverse (a workspace, and expf of libm), count. suffix:
+    ends their names."""
     import tvm
     from tvm import IRModule, s_tir, te
 
     def prim(name: str, *tensors: Any) -> Any:
-        return te.create_prim_func(list(tensors)).with_attr("global_symbol", name)
+        return te.create_prim_func(list(tensors)).with_attr("global_symbol", name + suffix)
 
     x, w = te.placeholder((ROWS, COLUMNS), "float32", "x"), te.placeholder((COLUMNS,), "float32", "w")
     double = te.compute((COLUMNS,), lambda j: w[j] + w[j], "double")
@@ -58,10 +59,13 @@ def kernels(machine: Machine) -> bytes:
     count = te.compute((3,), lambda i: n[i] + 1, "count")
     schedule = s_tir.Schedule(IRModule({"affine": prim("affine", x, w, affine)}))
     schedule.parallel(schedule.get_loops(schedule.get_sblock("affine", "affine"))[0])
-    module = schedule.mod
-    module["double"] = prim("double", w, double)
-    module["reverse"] = prim("reverse", x, reverse)
-    module["count"] = prim("count", n, count)
+    functions = {
+        "affine": schedule.mod["affine"],
+        "double": prim("double", w, double),
+        "reverse": prim("reverse", x, reverse),
+        "count": prim("count", n, count),
+    }
+    module = IRModule({name + suffix: function for name, function in functions.items()})
     target = tvm.target.Target({"kind": "llvm", "mtriple": machine.triple, "mcpu": machine.cpu})
     return bytes(_object_code(tvm.compile(module, target=target)))
 
@@ -78,8 +82,9 @@ def weights(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(COLUMNS).astype(np.float32)
 
 
-def make_plan(name: str = "tiny", seed: int = 0) -> Any:
-    """Inputs x float32 [6, 1024] and n int64 [3]; outputs exp(x * 2w + 1) reversed + 1, and n + 1."""
+def make_plan(name: str = "tiny", seed: int = 0, suffix: str = "") -> Any:
+    """Inputs x float32 [6, 1024] and n int64 [3]; outputs exp(x * 2w + 1) reversed + 1, and n + 1. suffix: of the names
+    of its kernels."""
     from bnncc.dialect.plan import Layer, Plan, Step, Tensor, Value
 
     shape = (ROWS, COLUMNS)
@@ -94,20 +99,27 @@ def make_plan(name: str = "tiny", seed: int = 0) -> Any:
         Tensor(6, "m", (3,), "int64", "output", 1),
     )
     steps = (
-        Step("affine", "affine", (0, 3, 4), 1, ("body.0",), True),
-        Step("reverse", "reverse", (4, 5), 1, ("body.1",), False),
-        Step("count", "count", (1, 6), 1, ("body.2",), True),
+        Step("affine" + suffix, "affine", (0, 3, 4), 1, ("body.0",), True),
+        Step("reverse" + suffix, "reverse", (4, 5), 1, ("body.1",), False),
+        Step("count" + suffix, "count", (1, 6), 1, ("body.2",), True),
     )
     layer = Layer("body.0", "affine", shape, 32, 32, ROWS * COLUMNS, COLUMNS * 4)
     blob = bytes(64) + weights(seed).tobytes()
-    init = (Step("double", "double", (2, 3), 1, (), True),)
+    init = (Step("double" + suffix, "double", (2, 3), 1, (), True),)
     return Plan(name, tensors, init, steps, (0, 1), (5, 6), size, COLUMNS * 4, blob, (layer,))
+
+
+def version(plan: Any, machine: Machine = X86, objects: tuple[bytes, ...] | None = None) -> Any:
+    """The plan compiled for a machine; objects: instead of the kernels above."""
+    from bnncc.targets.link import Version
+
+    return Version(plan, machine, (kernels(machine),) if objects is None else objects)
 
 
 def build(path: Path, machine: Machine = X86, *, name: str = "tiny", seed: int = 0, **options: Any) -> Path:
     from bnncc.targets.link import link
 
-    link(make_plan(name, seed), [kernels(machine)], machine, path, **options)
+    link([version(make_plan(name, seed), machine)], path, **options)
     return path
 
 
@@ -131,7 +143,9 @@ class Tiny:
     ROWS, COLUMNS = ROWS, COLUMNS
     kernels = staticmethod(kernels)
     plan = staticmethod(make_plan)
+    version = staticmethod(version)
     build = staticmethod(build)
+    weights = staticmethod(weights)
     inputs = staticmethod(inputs)
     expected = staticmethod(expected)
 

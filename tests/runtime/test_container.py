@@ -85,11 +85,11 @@ def resealed(data, version):
 
 
 def test_other_format_versions(changed):
-    assert "artifact format 99, this bnncc reads format 1; install a newer bnncc" in refusal(
+    assert "artifact format 99, this bnncc reads format 2; install a newer bnncc" in refusal(
         changed(lambda data: resealed(data, 99))
     )
-    assert "artifact format 0, this bnncc reads format 1; compile the model again" in refusal(
-        changed(lambda data: resealed(data, 0))
+    assert "artifact format 1, this bnncc reads format 2; compile the model again" in refusal(
+        changed(lambda data: resealed(data, 1))
     )
 
 
@@ -112,7 +112,7 @@ def test_the_driver_too_refuses_a_missing_cpu_feature(tiny, tmp_path, monkeypatc
     from bnncc.targets.link import link
 
     machine = dataclasses.replace(tiny.X86, features=("sse4_2", "avx1024"))
-    link(tiny.plan(), [tiny.kernels(tiny.X86)], machine, tmp_path / "tiny.so")
+    link([tiny.version(tiny.plan(), machine)], tmp_path / "tiny.so")
     monkeypatch.setattr(cpu, "host_features", lambda: None)
     with pytest.raises(BnnccError, match=r"tiny: this CPU lacks 'avx1024', which the artifact was compiled for"):
         runtime.load(tmp_path / "tiny.so")

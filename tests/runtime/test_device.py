@@ -159,7 +159,7 @@ class TestCommandLine:
         assert sorted(p.name for p in tmp_path.iterdir()) == ["m.npy", "n.npy", "x.npy", "y.npy"]
 
     def test_benches_and_describes_itself(self, runner, arm_artifact):
-        assert "5 runs: min" in runner("--bench", 5).stdout
+        assert "5 runs of aarch64: min" in runner("--bench", 5).stdout
         help_text = runner("--help")
         assert help_text.returncode == 0 and "input  x float32 (6, 1024)" in help_text.stdout
         assert "output m int64 (3,)" in help_text.stdout

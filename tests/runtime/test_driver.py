@@ -1,11 +1,14 @@
 """The C side by itself: the thread pool under stress, and the binary interface that it shares with compiled kernels."""
 
+import platform
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from bnncc.runtime import cpu
 
 SOURCES = Path(__file__).parents[2] / "runtime" / "c"
 FLAGS = ("-target", "x86_64-linux-gnu.2.28", "-std=gnu11", "-O2", "-g0", "-fno-sanitize=undefined", "-Wall", "-Wextra")
@@ -22,6 +25,33 @@ def test_thread_pool(tmp_path):
     driver = [SOURCES / name for name in ("driver.c", "pool.c", "cpu.c")]
     result = compile_and_run(tmp_path, f"-I{SOURCES}", Path(__file__).with_name("pool_test.c"), *driver)
     assert result.returncode == 0, result.stdout
+
+
+LACKING = """
+#include <stdio.h>
+#include "cpu.h"
+int main(void) {
+  static const char *const words[] = {WORDS};
+  char missing[64];
+  for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+    if (cpu_lacks(words[i], missing, sizeof missing)) puts(missing);
+}
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="asks an x86-64 processor")
+def test_the_driver_finds_the_features_that_the_kernel_lists(tmp_path):
+    """Every feature that a target may need, and one that no processor has."""
+    descriptor = pytest.importorskip("bnncc.targets.descriptor")
+    words = [*descriptor._CPUINFO.values(), "avx1024"]
+    listed = cpu.host_features()
+    assert listed
+    program = "#define WORDS " + ", ".join(f'"{word}"' for word in words) + LACKING
+    (tmp_path / "lacking.c").write_text(program)
+    result = compile_and_run(tmp_path, f"-I{SOURCES}", "lacking.c", SOURCES / "cpu.c")
+    assert result.stdout.split() == [word for word in words if word not in listed]
+    known = re.findall(r'{"(\w+)", LEAF_', (SOURCES / "cpu.c").read_text())
+    assert set(words) - set(known) == {"avx1024"}
 
 
 LAYOUT = """

@@ -53,15 +53,13 @@ def test_is_reproducible_and_small(tiny, artifact, tmp_path):
 
 def test_the_manifest_holds_the_plan(tiny, artifact):
     plan, manifest = tiny.plan(), runtime.read_manifest(artifact)
-    assert manifest["format"] == 1 and manifest["name"] == manifest["prefix"] == "tiny"
-    assert manifest["target"] == {
-        "name": "x86-64-v2",
-        "arch": "x86_64",
-        "cpu": "x86-64-v2",
-        "features": ["sse4_2"],
-    }
-    assert manifest["inputs"][1] == {"name": "n", "shape": [3], "dtype": "int64", "tensor": 1, "order": None}
-    assert manifest["tensors"][4] == {
+    assert manifest["format"] == 2 and manifest["name"] == manifest["prefix"] == "tiny"
+    assert manifest["target"] == "x86-64-v2" and manifest["arch"] == "x86_64"
+    assert manifest["inputs"][1] == {"name": "n", "shape": [3], "dtype": "int64", "order": None}
+    (version,) = manifest["versions"]
+    assert (version["name"], version["cpu"], version["features"]) == ("x86-64-v2", "x86-64-v2", ["sse4_2"])
+    assert version["inputs"] == [0, 1] and version["outputs"] == [5, 6]
+    assert version["tensors"][4] == {
         "id": 4,
         "name": "h",
         "shape": [6, 1024],
@@ -70,18 +68,18 @@ def test_the_manifest_holds_the_plan(tiny, artifact):
         "offset": 0,
         "value": {"node": "mul", "order": [0, 1], "bits": None, "step": None},
     }
-    assert manifest["steps"][0] == {
+    assert version["steps"][0] == {
         "kernel": "affine", "op": "affine", "args": [0, 3, 4], "outputs": 1, "layers": ["body.0"], "exact": True,
     }  # fmt: skip
-    assert manifest["layers"][0]["path"] == "body.0" and manifest["layers"][0]["macs"] == 6144
-    assert manifest["arena_bytes"] == plan.arena_bytes and manifest["weights_bytes"] == len(plan.weights)
+    assert version["layers"][0]["path"] == "body.0" and version["layers"][0]["macs"] == 6144
+    assert version["arena_bytes"] == plan.arena_bytes and manifest["weights_bytes"] == plan.tensors[2].shape[0] * 4
 
 
 def test_the_manifest_takes_more_entries(tiny, tmp_path):
     tiny.build(tmp_path / "a.so", manifest={"options": {"fast_math": False}})
     assert runtime.read_manifest(tmp_path / "a.so")["options"] == {"fast_math": False}
-    with pytest.raises(ValueError, match=r"the manifest has its own steps"):
-        tiny.build(tmp_path / "b.so", manifest={"steps": []})
+    with pytest.raises(ValueError, match=r"the manifest has its own versions"):
+        tiny.build(tmp_path / "b.so", manifest={"versions": []})
     assert not (tmp_path / "b.so").exists()
 
 
@@ -244,14 +242,15 @@ def moved(plan, position, **changes):
 )
 def test_refuses_plans_that_contradict_themselves(tiny, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        link(change(tiny.plan()), [tiny.kernels(tiny.X86)], tiny.X86, tmp_path / "a.so")
+        link([tiny.version(change(tiny.plan()))], tmp_path / "a.so")
 
 
 def test_refuses_objects_of_another_machine_or_with_other_needs(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"an object file is for x86_64, the target is aarch64"):
-        link(tiny.plan(), [tiny.kernels(tiny.X86)], tiny.ARM, tmp_path / "a.so")
+        link([tiny.version(tiny.plan(), tiny.ARM, (tiny.kernels(tiny.X86),))], tmp_path / "a.so")
     source = tmp_path / "k.c"
     source.write_text("extern int (*__TVMFFIFunctionCall)(void); int f(void) { return __TVMFFIFunctionCall(); }")
     assert zig("cc", "-target", tiny.X86.zig, "-c", source, "-o", tmp_path / "k.o").returncode == 0
     with pytest.raises(ValueError, match=r"a kernel calls __TVMFFIFunctionCall, which only TVM's runtime has"):
-        link(tiny.plan(), [tiny.kernels(tiny.X86), (tmp_path / "k.o").read_bytes()], tiny.X86, tmp_path / "a.so")
+        objects = (tiny.kernels(tiny.X86), (tmp_path / "k.o").read_bytes())
+        link([tiny.version(tiny.plan(), tiny.X86, objects)], tmp_path / "a.so")

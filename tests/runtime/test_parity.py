@@ -100,16 +100,16 @@ def manifest():
         }
         for name, op, _, args, out, path, exact in STEPS
     ]
-    port = {"name": "x", "shape": [1, 2, 4, 4], "dtype": "float32", "tensor": IDS["x"], "order": None}
-    output = {"name": "output", "shape": [1, CLASSES], "dtype": "float32", "tensor": IDS["head"], "order": None}
-    return {
-        "name": "tiny",
-        "target": {"name": "fake"},
+    port = {"name": "x", "shape": [1, 2, 4, 4], "dtype": "float32", "order": None}
+    output = {"name": "output", "shape": [1, CLASSES], "dtype": "float32", "order": None}
+    version = {
+        "name": "fake",
         "tensors": tensors,
         "steps": steps,
-        "inputs": [port],
-        "outputs": [output],
+        "inputs": [IDS["x"]],
+        "outputs": [IDS["head"]],
     }
+    return {"name": "tiny", "target": "fake", "inputs": [port], "outputs": [output], "versions": [version]}
 
 
 class FakeDevice:
@@ -117,11 +117,12 @@ class FakeDevice:
 
     def __init__(self, **faults):
         self.manifest = manifest()
+        (self.version,) = self.manifest["versions"]
         self.memory = {space: np.zeros(4096, np.uint8) for space in ("input", "output", "arena")}
         self.faults = faults
 
     def _at(self, id_):
-        tensor = self.manifest["tensors"][id_]
+        tensor = self.version["tensors"][id_]
         size = int(np.prod(tensor["shape"])) * np.dtype(tensor["dtype"]).itemsize
         raw = self.memory[tensor["space"]][tensor["offset"] : tensor["offset"] + size]
         return raw.view(tensor["dtype"]).reshape(tensor["shape"])

@@ -86,25 +86,25 @@ def _compiled(cells: Sequence[tuple[nn.Module, torch.Tensor, torch.Tensor]]) -> 
     artifact = bnncc.compile(_Branches([module for module, _, _ in cells]).eval(), inputs)
     outputs: Any = artifact.load(threads=1)(*(x.numpy() for x in inputs))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    manifest: Any = artifact.manifest
+    version: Any = artifact.manifest["versions"][0]
     return [
-        _verdict(f"branches.{i}", manifest, _step(manifest, i), got, wanted.numpy())
+        _verdict(f"branches.{i}", version, _step(version, i), got, wanted.numpy())
         for i, (got, (_, _, wanted)) in enumerate(zip(outputs, cells, strict=True))
     ]
 
 
-def _step(manifest: Any, output: int) -> float | None:
+def _step(version: Any, output: int) -> float | None:
     """How far two neighbours of an output's values are apart, where it is quantized."""
-    value = manifest["tensors"][manifest["outputs"][output]["tensor"]]["value"]
+    value = version["tensors"][version["outputs"][output]]["value"]
     return value["step"] if value else None
 
 
-def _verdict(path: str, manifest: Any, step: float | None, got: np.ndarray, wanted: np.ndarray) -> str:
+def _verdict(path: str, version: Any, step: float | None, got: np.ndarray, wanted: np.ndarray) -> str:
     def own(other: str) -> bool:
         return other == path or other.startswith(f"{path}.")
 
-    kinds = [becomes(Layer(**layer)) for layer in manifest["layers"] if own(layer["path"])]
-    promised = all(step["exact"] for step in manifest["steps"] if any(map(own, step["layers"])))
+    kinds = [becomes(Layer(**layer)) for layer in version["layers"] if own(layer["path"])]
+    promised = all(step["exact"] for step in version["steps"] if any(map(own, step["layers"])))
     if got.shape != wanted.shape or got.dtype != wanted.dtype:
         verdict = f"WRONG: {got.dtype}{got.shape} instead of {wanted.dtype}{wanted.shape}"
     elif np.array_equal(got, wanted, equal_nan=True):

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
 from bnncc.runtime.errors import BnnccError
-from bnncc.targets.descriptor import all_targets, get_target, native, target_names
+from bnncc.targets.descriptor import all_families, all_targets, get_target, get_targets, native, target_names
 
 
 def test_every_listed_name_is_a_target() -> None:
     assert target_names()[0] == "native"
+    families = {family.name: family for family in all_families()}
+    assert families.keys() < set(target_names())
     for name in target_names():
-        assert get_target(name).name == name
+        targets = get_targets(name)
+        if name in families:
+            assert tuple(target.name for target in targets) == families[name].members
+        else:
+            assert targets == (get_target(name),) and targets[0].name == name
+
+
+def test_a_family_goes_from_the_most_demanding_target_to_the_least() -> None:
+    for family in all_families():
+        targets = family.targets()
+        assert len({(target.arch, target.zig, target.zig_static) for target in targets}) == 1
+        for one, next_one in itertools.pairwise(targets):
+            assert set(one.features) > set(next_one.features)
+
+
+def test_a_family_is_not_one_target() -> None:
+    with pytest.raises(BnnccError, match="x86-64 stands for several targets: name one of icelake-server, x86-64-v4,"):
+        get_target("x86-64")
 
 
 def test_a_target_passes_through() -> None:
