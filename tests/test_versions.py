@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 import bnncc
+from bnncc.cli import run
+from bnncc.inspection import inspect_model
 from bnncc.layers import QConv2d, QLinear
 from bnncc.runtime import cpu
 from bnncc.runtime.errors import UnsupportedMachineError
@@ -95,6 +97,27 @@ def test_what_versions_share_is_stored_once(compiled):
     assert artifact.manifest["weights_bytes"] < each
     code = sum(len(version.objects[0]) for version in artifact.versions)
     assert path.stat().st_size < artifact.manifest["weights_bytes"] + code + (64 << 10)  # the driver
+
+
+def test_the_command_line_shows_and_obeys_versions(compiled, images, tmp_path, capsys, monkeypatch):
+    path = str(compiled[1])
+    assert run(["inspect", path]) == 0
+    out = capsys.readouterr().out
+    assert "target:  x86-64 (x86_64)" in out and f"layers of {NAMES[0]}:" in out
+    assert all(f"version: {target.name}: {target.cpu}; needs " in out for target in get_targets("x86-64"))
+    np.save(tmp_path / "x.npy", images[:1].numpy())
+    monkeypatch.setenv("BNNCC_VERSION", "x86-64-v2")
+    assert run(["run", path, "--input", str(tmp_path / "x.npy")]) == 0
+    monkeypatch.setenv("BNNCC_VERSION", "x86-64-v9")
+    capsys.readouterr()
+    assert run(["run", path, "--input", str(tmp_path / "x.npy")]) == 2
+    _, err = capsys.readouterr()
+    assert err == f"error: model: no version 'x86-64-v9'; the artifact holds {', '.join(NAMES)}\n"
+
+
+def test_what_a_model_becomes_is_shown_for_the_best(model, images):
+    best = inspect_model(model, (images[:1],), "x86-64")
+    assert best == inspect_model(model, (images[:1],), NAMES[0]) and len(best) >= 3
 
 
 def test_progress_and_dumps_name_the_version(compiled):
