@@ -1,4 +1,8 @@
-"""`make bench`: bnncc against the peers, one thread each, in one run; prints a table and writes a JSON file."""
+"""`make bench`: the machine's limits, single operators and whole networks, bnncc against its peers, all in one run.
+
+Prints tables and writes a JSON file and plots under benchmarks/results. Everything runs on one thread unless it says
+otherwise. `python -m benchmarks.compare` sets two of the files side by side.
+"""
 
 from __future__ import annotations
 
@@ -6,106 +10,121 @@ import argparse
 import json
 import logging
 import re
-import time
 import warnings
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks import models, peers
-from benchmarks.limit import arithmetic
-from benchmarks.machine import machine, versions
-from benchmarks.timing import interleaved_medians
-from bnncc.compiler import compile as compile_model
+from benchmarks import claims, lce, limit, models, networks, operators, plot, tables
+from benchmarks.machine import machine, terminal, versions
+from benchmarks.zoo import NETWORKS
 
 RESULTS = Path(__file__).parent / "results"
-RESNET = "ResNetE-18, 224²"
+
+#: Seconds of measuring an item of each section, and their factor for --quick.
+SECONDS = {"kernels": 0.6, "layers": 1.5, "convolutions": 6.0, "networks": 24.0}
+QUICK = 0.25
+#: Networks that --quick measures.
+QUICK_NETWORKS = ("QuickNet",)
 
 
 def main() -> None:
     """Measure what the arguments ask for."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=12, help="time for each network, all contenders together")
-    parser.add_argument("--only", default="", help="networks whose name contains this text")
-    parser.add_argument("--name", help="name of the file under benchmarks/results (default: the processor's)")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="items like this: networks/QuickNet, kernels/3×3, layers, …")
+    parser.add_argument("--quick", action="store_true", help="QuickNet alone, and a quarter of the time for everything")
+    parser.add_argument(
+        "--no-lce", action="store_true", help="without Larq Compute Engine, which takes minutes to install"
+    )
+    parser.add_argument("--name", help="name of the files under benchmarks/results (default: the processor's)")
     options = parser.parse_args()
-    console = Console() if Console().is_terminal else Console(width=140)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
+    console = terminal()
 
-    about = machine()
-    limit = arithmetic("native")["binary"]["gops"]
     report: dict[str, Any] = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "machine": about,
+        "machine": machine(),
         "versions": versions(),
-        "threads": 1,
-        "clock": "CPU time of the process, median",
-        "binary_limit_gops": round(limit, 1),
-        "networks": {},
+        "clock": "CPU time of the process, median; several threads: wall time, median",
+        "quick": options.quick,
+        "only": options.only,
     }
-    console.print(f"{about['processor']}, one thread; xor–popcount–add from registers: {limit:.0f} GOPS")
-    for name in (*models.CONVOLUTIONS, RESNET):
-        if options.only in name:
-            console.print(f"{name} …")
-            report["networks"][name] = _measure(name, options.seconds, limit)
-    console.print(_table(report["networks"]))
-    name = options.name or re.sub(r"[^a-z0-9]+", "-", about["processor"].lower()).strip("-")
+    wanted = _wanted(options.only, options.quick)
+    worker = None if options.no_lce else _start_lce(console, report, wanted)
+    try:
+        _measure(report, wanted, QUICK if options.quick else 1.0, worker, console)
+    finally:
+        if worker:
+            worker.close()
+    report["claims"] = [claim.to_json() for claim in claims.claims(report)]
+    console.print(claims.table(report["claims"]))
+    name = options.name or re.sub(r"[^a-z0-9]+", "-", report["machine"]["processor"].lower()).strip("-")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    console.print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    for written in (path, *plot.plots(report, RESULTS / name)):
+        console.print(
+            f"written to {written.relative_to(Path.cwd()) if written.is_relative_to(Path.cwd()) else written}"
+        )
 
 
-def _measure(name: str, seconds: float, limit: float) -> dict[str, Any]:
-    """Compile one network, see that it computes what eager does, and time it among its peers."""
-    single = name in models.CONVOLUTIONS
-    binary, twin, x = models.convolution(*models.CONVOLUTIONS[name]) if single else models.resnet_e18()
-    with torch.no_grad():
-        expected = binary(x).numpy()
-    start = time.perf_counter()
-    artifact = compile_model(binary, (x,), target="native")
-    session = artifact.load(threads=1)
-    compile_seconds = time.perf_counter() - start
-    image = x.numpy()
-    difference = float(np.abs(session(image) - expected).max())
-    if single and difference != 0:
-        raise RuntimeError(f"{name}: the artifact differs from eager by {difference}: the timing means nothing")
-
-    contenders: dict[str, peers.Runner] = {"bnncc": lambda: session(image), **peers.runners(binary, twin, x)}
-    medians = interleaved_medians(contenders, seconds)
-    result: dict[str, Any] = {
-        "median_ms": {contender: round(1e3 * value, 4) for contender, value in medians.items()},
-        "times_faster": {
-            peer: round(value / medians["bnncc"], 2) for peer, value in medians.items() if peer != "bnncc"
-        },
-        "compile_seconds": round(compile_seconds, 1),
-        "largest_difference_from_eager": difference,
+def _wanted(only: str, quick: bool) -> dict[str, list[str]]:
+    """Section → the items to measure."""
+    items: dict[str, Iterable[str]] = {
+        "kernels": (f"{k}×{k}, {shape}" for k in models.KERNELS for shape in models.CONVOLUTIONS),
+        "layers": models.FLOAT_LAYERS,
+        "convolutions": models.CONVOLUTIONS,
+        "networks": QUICK_NETWORKS if quick else NETWORKS,
     }
-    if single:
-        size, channels = models.CONVOLUTIONS[name]
-        gops = 2e-9 * size**2 * 9 * channels**2 / medians["bnncc"]
-        result["gops"] = round(gops, 1)
-        result["share_of_limit"] = round(gops / limit, 3)
-    return result
+    return {section: [name for name in names if only in f"{section}/{name}"] for section, names in items.items()}
 
 
-def _table(networks: dict[str, Any]) -> Table:
-    table = Table("network", "bnncc", title="median ms of one image, and how many times as long as bnncc")
-    rivals = list(next(iter(networks.values()))["times_faster"]) if networks else []
-    for column in (*rivals, "of the limit", "compiled in"):
-        table.add_column(column, justify="right")
-    for name, result in networks.items():
-        cells = [f"{result['median_ms'][peer]:.3f} ({result['times_faster'][peer]:.1f}×)" for peer in rivals]
-        share = f"{result['share_of_limit']:.0%}" if "share_of_limit" in result else ""
-        table.add_row(name, f"{result['median_ms']['bnncc']:.3f}", *cells, share, f"{result['compile_seconds']:.0f} s")
-    return table
+def _measure(
+    report: dict[str, Any],
+    wanted: dict[str, list[str]],
+    factor: float,
+    worker: lce.Worker | None,
+    console: Console,
+) -> None:
+    """Fills the report's sections, each of its items by name, and prints a table for each."""
+    seconds = {section: factor * time for section, time in SECONDS.items()}
+    limits = report["limits"] = limit.measure()
+    console.print(*limit.tables(limits))
+    measures: dict[str, Callable[[str], dict[str, Any]]] = {
+        "kernels": lambda name: operators.binary_kernels(name, limits, seconds["kernels"]),
+        "layers": lambda name: operators.float_layer(name, limits, seconds["layers"]),
+        "convolutions": lambda name: operators.one_convolution(name, limits, seconds["convolutions"], worker),
+        "networks": lambda name: networks.measure(name, limits, seconds["networks"], worker),
+    }
+    for section, measure in measures.items():
+        report[section] = {}
+        for name in wanted[section]:
+            console.print(f"{section}/{name} …", style="dim")
+            report[section][name] = measure(name)
+        if report[section]:
+            console.print(*tables.SECTIONS[section](report[section]))
+
+
+def _start_lce(console: Console, report: dict[str, Any], wanted: dict[str, list[str]]) -> lce.Worker | None:
+    """The worker with all models converted, so that nothing is converted while something else is timed."""
+    counterparts = [f"{size}×{channels}" for size, channels in map(models.CONVOLUTIONS.get, wanted["convolutions"])]
+    counterparts += [NETWORKS[name].larq for name in wanted["networks"] if NETWORKS[name].larq]
+    if not counterparts:
+        return None
+    console.print("Larq Compute Engine: installing, converting …", style="dim")
+    try:
+        worker = lce.start()
+        for model in counterparts:
+            worker.convert(model)
+    except lce.Unavailable as reason:
+        report["without_lce"] = str(reason)
+        console.print(f"without LCE: {reason}", style="yellow")
+        return None
+    return worker
 
 
 if __name__ == "__main__":

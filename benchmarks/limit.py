@@ -126,9 +126,11 @@ def memory(runs: int = 9) -> dict[str, dict[str, float]]:
     ctypes.memset(buffers, 1, len(buffers))  # or all pages are one page of zeros
     start = -(-ctypes.addressof(buffers) // 4096) * 4096
     result = {}
+    before = last
     for level, size in [*sizes.items(), ("memory", float("inf"))]:
-        # Half a cache leaves room for what else is in it; a copy has two blocks.
-        block = most if level == "memory" else int(size) // 2 // 4096 * 4096
+        # Far more than the cache before, but at most half of this one: other things are in it, other cores' as well.
+        block = most if level == "memory" else min(int(size) // 2, 4 * before) // 4096 * 4096
+        before = int(min(size, last))
         half = block // 2 // 4096 * 4096
         rounds = max(1, (1 << 23) // block)
         read = median_seconds(lambda: library.memory_read(start, block, rounds), runs)  # noqa: B023

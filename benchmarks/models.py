@@ -1,23 +1,20 @@
-"""The networks that are timed: single binary convolutions, and a ResNet-18-shaped binary network.
+"""The single layers that are timed, each as a model by itself, binary ones with the float twin that the peers run.
 
-Every network comes as a pair: the binary model that bnncc compiles, and a float twin with the same shapes and weights
-whose binary layers are plain convolutions without the sign in front and with zero padding. The twin is what the peers
-run; it spares them the work that the binary model adds, so the comparison leans towards them.
+A twin has the same shape and weights, but its binary layers are plain convolutions with zero padding and without the
+sign in front: it spares the peers work, so that the comparison leans towards them.
 """
 
 from __future__ import annotations
-
-import itertools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-Conv = Callable[[int, int, int], nn.Conv2d]
-
 CONVOLUTIONS = {"56²×64": (56, 64), "28²×128": (28, 128), "14²×256": (14, 256), "7²×512": (7, 512)}
-"""Name → (height and width, channels in and out) of the 3×3 convolutions of a ResNet-18, in the order they occur."""
+"""Name → (height and width, channels in and out) of the binary convolutions of a ResNet-18, in the order they occur."""
+
+KERNELS = (3, 1)
+"""Heights and widths of the window that they are timed with."""
 
 
 def sign(x: torch.Tensor) -> torch.Tensor:
@@ -26,88 +23,73 @@ def sign(x: torch.Tensor) -> torch.Tensor:
 
 
 class BinaryConv2d(nn.Conv2d):
-    """A 3×3 convolution of signs, padded with −1, by the signs of its weight, as bitorch's QConv2d computes it."""
+    """A convolution of signs, padded with −1, by the signs of its weight, as bitorch's QConv2d computes it."""
 
-    def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
-        super().__init__(channels_in, channels_out, 3, stride, padding=1, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        padded = F.pad(sign(x), (1, 1, 1, 1), value=-1.0)
-        return F.conv2d(padded, sign(self.weight), stride=self.stride)
-
-
-def float_conv2d(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
-    """The float twin of `BinaryConv2d`."""
-    return nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
-
-
-class Block(nn.Module):
-    """A binary convolution and a batch norm with a shortcut of their own; where the shape changes, the shortcut is an
-    average pool and a float 1×1 convolution."""
-
-    def __init__(self, channels_in: int, channels_out: int, conv: Conv) -> None:
-        super().__init__()
-        stride = 1 if channels_in == channels_out else 2
-        self.body = nn.Sequential(conv(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out))
-        self.shortcut: nn.Module = nn.Identity()
-        if stride == 2:
-            self.shortcut = nn.Sequential(
-                nn.AvgPool2d(2, 2), nn.Conv2d(channels_in, channels_out, 1, bias=False), nn.BatchNorm2d(channels_out)
-            )
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__(channels, channels, kernel, padding=kernel // 2, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.body(x) + self.shortcut(x)
+        pad = self.kernel_size[0] // 2
+        padded = F.pad(sign(x), (pad, pad, pad, pad), value=-1.0) if pad else sign(x)
+        return F.conv2d(padded, sign(self.weight))
 
 
-class ResNetE18(nn.Module):
-    """ResNetE-18 (arXiv 1906.08637) for 224×224 images, layer by layer as in bitorch 0.4.1: float 7×7 stem, sixteen
-    binary 3×3 convolutions, float head."""
-
-    def __init__(self, conv: Conv = BinaryConv2d, classes: int = 1000) -> None:
-        super().__init__()
-        widths = [64, 64, 128, 256, 512]
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 64, 7, 2, 3, bias=False),
-            nn.BatchNorm2d(64),
-            nn.ReLU(),
-            nn.MaxPool2d(3, 2, 1),
-            nn.BatchNorm2d(64),
-        )
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(Block(before, width, conv), *(Block(width, width, conv) for _ in range(3)))
-                for before, width in itertools.pairwise(widths)
-            )
-        )
-        self.head = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.stages(self.stem(x)))
-
-
-def convolution(size: int, channels: int) -> tuple[nn.Module, nn.Module, torch.Tensor]:
-    """One binary 3×3 convolution, its float twin, and a float input of 1 × channels × size × size."""
+def convolution(size: int, channels: int, kernel: int = 3) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+    """One binary convolution, its float twin, and a float input of 1 × channels × size × size."""
     torch.manual_seed(0)
-    binary, twin = BinaryConv2d(channels, channels), float_conv2d(channels, channels)
+    binary = BinaryConv2d(channels, kernel)
+    twin = nn.Conv2d(channels, channels, kernel, padding=kernel // 2, bias=False)
     twin.weight.data = sign(binary.weight.detach())
     return nn.Sequential(binary).eval(), nn.Sequential(twin).eval(), torch.randn(1, channels, size, size)
 
 
-def resnet_e18() -> tuple[nn.Module, nn.Module, torch.Tensor]:
-    """The binary ResNet with random weights and batch norms, its float twin, and an image of 1 × 3 × 224 × 224."""
+def between_binary_layers(size: int, channels: int, kernel: int) -> tuple[nn.Module, torch.Tensor]:
+    """Two binary convolutions with a batch norm between them: the first takes packed bits and gives packed bits."""
     torch.manual_seed(0)
-    binary = ResNetE18()
-    state = binary.state_dict()
-    for name, module in binary.named_modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(state[f"{name}.weight"], 0.5, 1.5)
-            nn.init.normal_(state[f"{name}.bias"], 0.0, 0.1)
-            state[f"{name}.running_mean"].normal_(0.0, 1.0)
-            state[f"{name}.running_var"].uniform_(0.5, 2.0)
-    weights = {f"{name}.weight" for name, module in binary.named_modules() if isinstance(module, BinaryConv2d)}
-    for name in weights:
-        # A binary convolution sums K terms of ±1: a variance of K keeps the network's values in range.
-        state[name.replace("body.0.weight", "body.1.running_var")].mul_(state[name][0].numel())
-    twin = ResNetE18(float_conv2d)
-    twin.load_state_dict({name: sign(tensor) if name in weights else tensor for name, tensor in state.items()})
-    return binary.eval(), twin.eval(), torch.randn(1, 3, 224, 224)
+    norm = nn.BatchNorm2d(channels)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    norm.running_var.mul_(channels * kernel**2)  # type: ignore[union-attr]
+    layers = BinaryConv2d(channels, kernel), norm, BinaryConv2d(channels, kernel)
+    return nn.Sequential(*layers).eval(), torch.randn(1, channels, size, size)
+
+
+class Elementwise(nn.Module):
+    """What stands between the layers of a residual network: batch norm, PReLU, an addition, a clamp."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm, self.activation, self.clamp = nn.BatchNorm2d(channels), nn.PReLU(channels), nn.Hardtanh()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.clamp(self.activation(self.norm(x)) + x)
+
+
+FLOAT_LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "stem 7×7 /2, 3→64 at 224²": (nn.Conv2d(3, 64, 7, 2, 3, bias=False), (1, 3, 224, 224)),
+    "stem 3×3 /2, 3→32 at 224²": (nn.Conv2d(3, 32, 3, 2, 1, bias=False), (1, 3, 224, 224)),
+    "3×3, 16→64 at 56²": (nn.Conv2d(16, 64, 3, 1, 1, bias=False), (1, 16, 56, 56)),
+    "3×3, 64→64 at 56²": (nn.Conv2d(64, 64, 3, 1, 1, bias=False), (1, 64, 56, 56)),
+    "3×3 /2, 64→128 at 56²": (nn.Conv2d(64, 128, 3, 2, 1, bias=False), (1, 64, 56, 56)),
+    "3×3, 256→256 at 14²": (nn.Conv2d(256, 256, 3, 1, 1, bias=False), (1, 256, 14, 14)),
+    "3×3, 32→64 in 8 groups at 112²": (nn.Conv2d(32, 64, 3, 1, 1, groups=8, bias=False), (1, 32, 112, 112)),
+    "1×1, 64→128 at 28²": (nn.Conv2d(64, 128, 1, bias=False), (1, 64, 28, 28)),
+    "1×1, 256→512 at 7²": (nn.Conv2d(256, 512, 1, bias=False), (1, 256, 7, 7)),
+    "depthwise 3×3, 64 at 56²": (nn.Conv2d(64, 64, 3, 1, 1, groups=64, bias=False), (1, 64, 56, 56)),
+    "depthwise 3×3 /2, 64 at 56²": (nn.Conv2d(64, 64, 3, 2, 1, groups=64, bias=False), (1, 64, 56, 56)),
+    "depthwise 5×5, 64 at 56²": (nn.Conv2d(64, 64, 5, 1, 2, groups=64, bias=False), (1, 64, 56, 56)),
+    "dense 512→1000": (nn.Linear(512, 1000), (1, 512)),
+    "max pool 3×3 /2, 64 at 112²": (nn.MaxPool2d(3, 2, 1), (1, 64, 112, 112)),
+    "average pool 2×2 /2, 64 at 56²": (nn.AvgPool2d(2, 2), (1, 64, 56, 56)),
+    "global average pool, 512 at 7²": (nn.AdaptiveAvgPool2d(1), (1, 512, 7, 7)),
+    "batch norm, PReLU, add, clamp, 64 at 56²": (Elementwise(64), (1, 64, 56, 56)),
+    "softmax of 64 × 1000": (nn.Softmax(-1), (64, 1000)),
+}
+"""Name → (layer, shape of its input)."""
+
+
+def float_layer(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """One layer of `FLOAT_LAYERS` in evaluation mode, and an input."""
+    torch.manual_seed(0)
+    layer, shape = FLOAT_LAYERS[name]
+    return nn.Sequential(layer).eval(), torch.randn(shape)

@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import argparse
 import logging
+import tempfile
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.table import Table
 
-from benchmarks import limit, roofline
+from benchmarks import lce, limit, peers, resources, roofline
 from benchmarks.bitorch_networks import NETWORKS as BITORCH
 from benchmarks.bitorch_networks import build as build_bitorch
 from benchmarks.machine import terminal
 from benchmarks.stopwatch import Stopwatch
 from benchmarks.timing import interleaved_medians
-from benchmarks.zoo import NETWORKS, Built
+from benchmarks.zoo import NETWORKS, Built, float_twin
 from bnncc.compiler import Artifact
 from bnncc.compiler import compile as compile_model
-from bnncc.runtime.session import Session
+from bnncc.runtime.session import Session, load
 
 
 def build(name: str) -> Built:
@@ -68,6 +70,41 @@ def roofline_report(session: Session, seconds: float, limits: dict[str, Any], is
         "ms_of_layers_that_multiply": round(1e3 * total["layers"], 4),
         "share": round(total["all"] / seconds, 3),
         "share_by_layers_that_multiply": round(total["layers"] / seconds, 3),
+    }
+
+
+def measure(name: str, limits: dict[str, Any], seconds: float, worker: lce.Worker | None = None) -> dict[str, Any]:
+    """A network among its peers, on one thread and two, its steps, what it takes besides: an entry of the JSON."""
+    model, image = build(name)
+    twin, array = float_twin(build(name)[0]), image.numpy()
+    with torch.no_grad():
+        expected = model(image).numpy()
+    with tempfile.TemporaryDirectory(prefix="bnncc-bench-") as folder:
+        path = Path(folder) / f"{name}.so"
+        compiling = resources.compiling(name, path)
+        with load(path, threads=1) as session, load(path, threads=2) as pair:
+            difference = float(np.abs(session(array) - expected).max())
+            contenders, missing = peers.runners(twin, image, model)
+            if worker and (counterpart := NETWORKS[name].larq):
+                contenders |= worker.runners(counterpart)
+            times = interleaved_medians({"bnncc": lambda: session(array), **contenders}, seconds)
+            steps = step_report(session, array, limits, "native", seconds / 8)
+            share = roofline_report(session, times["bnncc"], limits, "native")
+            threads = {"1": lambda: session(array), "2": lambda: pair(array)}
+            wall = interleaved_medians(threads, seconds / 4, clock=time.perf_counter)
+            memory = resources.running(path, session.version)
+    return {
+        **peers.comparison(times),
+        "missing": missing,
+        "largest_difference_from_eager": difference,
+        "roofline": share,
+        "steps": steps,
+        "threads": {
+            "wall_ms": {n: round(1e3 * t, 4) for n, t in wall.items()},
+            "ratio": round(wall["1"] / wall["2"], 2),
+        },
+        "memory": memory,
+        "compile": compiling,
     }
 
 

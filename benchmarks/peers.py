@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnxruntime
@@ -14,19 +14,47 @@ from benchmarks.onnx_twins import float32_model, int8_model
 
 Runner = Callable[[], object]
 
+PEERS = ("ORT fp32", "ORT int8", "torch fp32", "torch fp32, NHWC", "torch.compile", "torch binary")
 
-def runners(binary: nn.Module, twin: nn.Module, x: torch.Tensor) -> dict[str, Runner]:
-    """Every peer by name. `twin` is the float network with the shapes and weights of `binary`; x is its input."""
+
+def runners(
+    twin: nn.Module, x: torch.Tensor, binary: nn.Module | None = None, which: Sequence[str] = PEERS
+) -> tuple[dict[str, Runner], dict[str, str]]:
+    """Those of `PEERS` that run, by name, and why the others do not.
+
+    twin: the float network with the shapes and weights of `binary`. x: its input.
+    """
     torch.set_num_threads(1)
-    model = float32_model(twin, x)
     last = torch.channels_last
-    twin_nhwc = copy.deepcopy(twin).to(memory_format=last)  # type: ignore[call-overload]
+    makers: dict[str, Callable[[], Runner]] = {
+        "ORT fp32": lambda: _onnx(float32_model(twin, x), x.numpy(), twin(x).detach().numpy(), tolerance=1e-3),
+        "ORT int8": lambda: _onnx(int8_model(float32_model(twin, x), x), x.numpy()),
+        "torch fp32": lambda: _eager(twin, x),
+        "torch fp32, NHWC": lambda: _eager(copy.deepcopy(twin).to(memory_format=last), x.to(memory_format=last)),  # type: ignore[call-overload]
+        "torch.compile": lambda: _compiled(twin, x),
+    }
+    if binary is not None:
+        makers["torch binary"] = lambda: _eager(binary, x)
+    found, missing = {}, {}
+    for name, make in makers.items():
+        if name in which:
+            try:
+                found[name] = make()
+            except (RuntimeError, ImportError, OSError) as error:  # a peer's failure is no reason to measure nothing
+                missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return found, missing
+
+
+def comparison(seconds: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Times of contenders, one of them "bnncc", as they stand in the JSON: "median_ms", and "times_faster" than each
+    peer bnncc is. "LCE best" is the fastest of LCE's options."""
+    ours = {name: value for name, value in seconds.items() if name.startswith("bnncc")}
+    theirs = {name: value for name, value in seconds.items() if name not in ours}
+    if options := [value for name, value in theirs.items() if name.startswith("LCE")]:
+        theirs["LCE best"] = min(options)
     return {
-        "ORT fp32": _onnx(model, x.numpy(), twin(x).detach().numpy(), tolerance=1e-3),
-        "ORT int8": _onnx(int8_model(model, x), x.numpy()),
-        "torch fp32": _eager(twin, x),
-        "torch fp32, NHWC": _eager(twin_nhwc, x.to(memory_format=last)),
-        "torch binary": _eager(binary, x),
+        "median_ms": {name: round(1e3 * value, 4) for name, value in (ours | theirs).items()},
+        "times_faster": {name: round(value / seconds["bnncc"], 2) for name, value in theirs.items()},
     }
 
 
@@ -49,4 +77,20 @@ def _eager(model: nn.Module, x: torch.Tensor) -> Runner:
         with torch.inference_mode():
             return model(x)
 
+    return run
+
+
+def _compiled(model: nn.Module, x: torch.Tensor) -> Runner:
+    """torch.compile with inductor; freezing lets it lay out weights beforehand, as bnncc does."""
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    with config.patch(freezing=True, compile_threads=1):
+        model = torch.compile(model)  # type: ignore[assignment]
+
+        def run() -> torch.Tensor:
+            with torch.no_grad():
+                return model(x)
+
+        run()
     return run

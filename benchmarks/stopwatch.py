@@ -35,12 +35,12 @@ class Stopwatch:
         self._count = len(session.version["steps"])
         session.run_steps(0, self._count)
 
-    def repeater(self, step: int, times: int) -> Callable[[], None]:
-        """A function that runs one step so many times, on what is in its tensors."""
+    def repeater(self, first: int, count: int, times: int) -> Callable[[], None]:
+        """A function that runs `count` steps from `first` so many times, on what is in their tensors."""
         instance = self._session._instance
 
         def repeat() -> None:
-            if _library().repeat(self._run, instance, step, 1, times):
+            if _library().repeat(self._run, instance, first, count, times):
                 raise self._session._library.failure()
 
         return repeat

@@ -7,12 +7,11 @@ towards them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from benchmarks import bitorch_networks
 from benchmarks.models import sign
@@ -75,12 +74,11 @@ NETWORKS = {
 }
 
 
-def float_twin(model: nn.Module) -> nn.Module:
-    """The twin of a bitorch network."""
+def float_twin(model: nn.Module) -> fx.GraphModule:
+    """The twin of a bitorch network, which it takes apart: build another one for other uses."""
     from bitorch.layers.qconv2d import QConv2d_NoAct
 
-    twin = copy.deepcopy(model)
-    for name, module in list(twin.named_modules()):
+    for name, module in list(model.named_modules()):
         if isinstance(module, QConv2d_NoAct):
             plain = nn.Conv2d(
                 module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding,
@@ -88,5 +86,6 @@ def float_twin(model: nn.Module) -> nn.Module:
             )  # fmt: skip
             plain.weight.data = sign(module.weight.detach())
             parent, _, child = name.rpartition(".")
-            setattr(twin.get_submodule(parent), child, plain)
-    return twin.eval()
+            setattr(model.get_submodule(parent), child, plain)
+    # bitorch's modules keep other references to their layers, which cannot be copied; a traced graph has none.
+    return fx.symbolic_trace(model.eval())
