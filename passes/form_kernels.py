@@ -7,8 +7,10 @@ Last of the graph passes: what follows plans memory. TVM's FuseOps is not used, 
 (floats and bits of the same value) nor keeps whose layer a kernel computes; the TE computes are fused as its FuseTIR
 would. A group grows from its anchor, operator by operator, as long as one value alone leaves it; it takes in a whole
 diamond (PReLU as `where(x > 0, x, w · x)`) or none of it, and never an operator that depends on the group through
-another kernel. Values that leave a group are its outputs. Declines nothing: what cannot join starts a kernel of its
-own, and an operator that nobody has a kernel for is an error.
+another kernel. Values that leave a group are its outputs. Two things are computed where they are read, not stored: a
+concatenation, if every reader is elementwise, a pack or a pool without overlap, and the elementwise operators before
+such a pool. Declines nothing: what cannot join starts a kernel of its own, and an operator that nobody has a kernel
+for is an error.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ class _Form(Rewriter):
         groups = []
         for binding in self.bindings:
             name = op_name(binding.value)
-            if binding.var in self.group_of or name is None or name in ALIASES:
+            if binding.var in self.group_of or name is None or name in ALIASES or self.is_joined(binding.var):
                 continue
             if not is_ours(binding.value) and not has_kernel(binding.value):
                 raise self.unsupported(binding.var, name)
@@ -96,8 +98,36 @@ class _Form(Rewriter):
             if name == "permute_dims" and self.feeds_pad(binding.var):
                 self.take(group, self.users[binding.var][:1])
             self.extend(group)
+            if name in ELEMENTWISE and (pool := self.pool_after(group.members[-1])) is not None:
+                self.take(group, [pool])
+                self.extend(group)
             groups.append(group)
         return groups
+
+    def is_joined(self, var: Any) -> bool:
+        """Whether a concatenation is computed in the kernels that read it."""
+        value = self.definition.get(var)
+        if not is_call(value, "concat") or not is_anchor(value) or var in self.outputs:
+            return False
+        return all(self.reads_once(self.definition[user]) for user in self.users.get(var, []))
+
+    def reads_once(self, value: Any) -> bool:
+        """Whether a call reads each element of its one operand once, so that this may be computed while it reads."""
+        if op_name(value) in ELEMENTWISE or op_name(value) == "bnncc.pack":
+            # Of several operands, others may be an anchor's, in whose kernel the call then is.
+            return len(operands(value)) == 1 and attributes(value).get("data_layout", "NHWC") == "NHWC"
+        if op_name(value) not in ("nn.max_pool2d", "nn.avg_pool2d") or not is_anchor(value):
+            return False
+        a = attributes(value)
+        return all(size <= stride for size, stride in zip(a["pool_size"], a["strides"], strict=True))
+
+    def pool_after(self, var: Any) -> Any | None:
+        """The pool that alone reads a value, and each element of it once."""
+        users = self.users.get(var, [])
+        if var in self.outputs or len(users) != 1 or users[0] in self.group_of:
+            return None
+        value = self.definition[users[0]]
+        return users[0] if op_name(value) not in (*ELEMENTWISE, "bnncc.pack") and self.reads_once(value) else None
 
     def feeds_pad(self, var: Any) -> bool:
         """A transposition that only a pad reads is done while padding."""
@@ -188,7 +218,7 @@ class _Form(Rewriter):
                 for unit in self.ordered(groups):
                     if isinstance(unit, _Group):
                         self.emit_kernel(unit)
-                    else:
+                    elif not self.is_joined(unit):
                         self.made(unit, self._bind(unit, self._substituted(self.definition[unit])))
                 result = self.builder.emit_output(self.replaced(self.func.body.body))
             self.builder.emit_func_output(result)
@@ -247,6 +277,9 @@ class _Form(Rewriter):
                 if elementwise:
                     array = _channel_vector(array)
                 return placeholder(relax.const(array, str(array.dtype)), array.shape, str(array.dtype))
+            if arg not in tensors and self.is_joined(arg):
+                joined = self.definition[arg]
+                tensors[arg] = lower(joined, [tensor(field, False) for field in joined.args[0].fields])
             if arg not in tensors:
                 tensors[arg] = placeholder(self.replaced(arg), shape_of(arg), str(arg.ty.dtype))
             return tensors[arg]
@@ -260,7 +293,8 @@ class _Form(Rewriter):
         for var in group.members:
             value = self.definition[var]
             elementwise = op_name(value) in ELEMENTWISE
-            args = [tensor(a, elementwise) for a in value.args if isinstance(a, (relax.Var, GenericConst))]
+            parts = value.args[0].fields if is_call(value, "concat") else value.args
+            args = [tensor(a, elementwise) for a in parts if isinstance(a, (relax.Var, GenericConst))]
             tensors[var] = lower(value, args)
         results = [v for v in group.members if self.leaves(v, group)]
         function = te.create_prim_func([*placeholders, *(tensors[v] for v in results)])

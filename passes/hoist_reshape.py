@@ -3,6 +3,7 @@
     s = bnncc.sign(x); y = reshape(s, shape)                    -->   r = reshape(x, shape); y = bnncc.sign(r)
     s = bnncc.sign(a); t = bnncc.sign(b); y = concat((s, t))    -->   c = concat((a, b)); y = bnncc.sign(c)
     y = reshape(x, shape of x)                                  -->   y = x
+    y = concat((x,))                                            -->   y = x
 
 After `CanonicalizeSign`, before `FuseBinaryConv`. Exact, since a sign is elementwise. A sign with other readers stays
 for them. A reshape that changes nothing (bitorch's activations end in one) would keep an image out of NHWC. Declines
@@ -42,6 +43,8 @@ class _Hoist(Rewriter):
 
     def concat(self, var: Any, value: relax.Call) -> Any | None:
         fields = value.args[0].fields if isinstance(value.args[0], relax.Tuple) else []
+        if len(fields) == 1:
+            return fields[0]
         found = [self.builder.lookup_binding(f) if isinstance(f, relax.Var) else None for f in fields]
         signs = [s for s in found if is_call(s, "bnncc.sign")]
         if not signs or len(signs) < len(fields):

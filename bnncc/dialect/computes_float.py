@@ -13,6 +13,7 @@ from typing import Any
 
 from tvm import te, tirx
 
+from . import functions
 from .computes_pool import avg_pool2d, max_pool2d, mean, softmax
 from .scalars import clip_value, f32, fma, prelu_value, relu_value, rounded, sign_value, unless_nan
 from .stages import Padding, extents, staged, window
@@ -99,11 +100,11 @@ def leaky_relu(x: te.Tensor, slope: float) -> te.Tensor:
 
 
 def sigmoid(x: te.Tensor) -> te.Tensor:
-    return elementwise(lambda v: f32(1.0) / (f32(1.0) + tirx.exp(f32(0.0) - v)), x, name="sigmoid")
+    return elementwise(functions.sigmoid, x, name="sigmoid")
 
 
 def tanh(x: te.Tensor) -> te.Tensor:
-    return elementwise(tirx.tanh, x, name="tanh")
+    return elementwise(functions.tanh, x, name="tanh")
 
 
 def signs(x: te.Tensor, predicate: str) -> te.Tensor:

@@ -15,6 +15,7 @@ from tvm import te, tirx
 
 from bnncc.dialect.computes import extents, staged
 from bnncc.dialect.computes_float import unless_nan
+from bnncc.dialect.stages import ROLE, RUN
 
 
 def unfold_depth(
@@ -53,6 +54,26 @@ def unfold_depth(
         return tirx.if_then_else(inside, value, outside(source))
 
     return te.compute((batch * out, height, width, *planes, channels * kernel), f, name="unfold_depth")
+
+
+def concat(*tensors: te.Tensor) -> te.Tensor:
+    """Tensors that differ in their last axis only, beside each other along it.
+
+    Which tensor an element comes from is asked of its run of channels, so that vectors within runs ask once.
+    """
+    *shape, first = extents(tensors[0])
+    sizes = [first, *(extents(t)[-1] for t in tensors[1:])]
+    run = math.gcd(*sizes)
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def f(*at: Any) -> Any:
+        *pixel, c = at
+        value = tensors[-1](*pixel, c - starts[-1])
+        for tensor, start, end in reversed(list(zip(tensors, starts, starts[1:], strict=False))):
+            value = tirx.if_then_else(tirx.floordiv(c, run) < end // run, tensor(*pixel, c - start), value)
+        return value
+
+    return te.compute((*shape, sum(sizes)), f, name="concat", attrs={ROLE: "concat", RUN: run})
 
 
 def insert_zeros(x: te.Tensor, strides: tuple[int, ...]) -> te.Tensor:

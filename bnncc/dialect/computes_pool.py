@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import te, tirx
 
+from .functions import exp_of_negative
 from .larger import larger
 from .scalars import f32
 from .stages import Padding, extents, nearest, staged
@@ -145,10 +147,35 @@ def mean(x: te.Tensor, axes: Sequence[int], *, keepdims: bool = False) -> te.Ten
 
 
 def softmax(x: te.Tensor) -> te.Tensor:
-    """Softmax over the last axis of [N, C]."""
+    """Softmax over the last axis of [N, C]: each row, filled up with −inf to whole vectors, by partial results side by
+    side that are folded in the end."""
     rows, size = extents(x)
-    k, m = te.reduce_axis((0, size), "k"), te.reduce_axis((0, size), "m")
-    top = staged((rows,), lambda n: te.max(x(n, m), axis=[m]), "softmax_max", "reduction")
-    powers = te.compute((rows, size), lambda n, c: tirx.exp(x(n, c) - top(n)), name="softmax_exp")
-    total = staged((rows,), lambda n: te.sum(powers(n, k), axis=[k]), "softmax_sum", "reduction")
-    return te.compute((rows, size), lambda n, c: powers(n, c) / total(n), name="softmax")
+    lanes = 64 if size > 64 else 16
+    steps = -(-size // lanes)
+
+    def stage(width: int, f: Callable[..., Any], name: str) -> te.Tensor:
+        return staged((rows, width), f, f"softmax_{name}", f"softmax.{name}")
+
+    def reduced(source: te.Tensor, combine: Callable[..., Any], fold: Callable[[Any, Any], Any], name: str) -> Any:
+        k = te.reduce_axis((0, steps), "k")
+        part = stage(lanes, lambda n, lane: combine(source(n, k * lanes + lane), axis=[k]), f"{name}_lanes")
+        width = lanes
+        while width > 1:
+            width //= 4
+            part = stage(width, functools.partial(_quarter, part, width, fold), f"{name}_{width}")
+        return part
+
+    def inside(n: Any, c: Any) -> Any:
+        return tirx.if_then_else(c < size, x(n, c), f32(-math.inf)) if size % lanes else x(n, c)
+
+    row = stage(steps * lanes, inside, "row")
+    top = reduced(row, te.max, tirx.max, "max")
+    powers = stage(steps * lanes, lambda n, c: exp_of_negative(row(n, c) - top(n, 0)), "exp")
+    total = reduced(powers, te.sum, lambda a, b: a + b, "sum")
+    scale = stage(1, lambda n, c: f32(1.0) / total(n, c), "scale")
+    return te.compute((rows, size), lambda n, c: powers(n, c) * scale(n, 0), name="softmax")
+
+
+def _quarter(source: te.Tensor, width: int, fold: Callable[[Any, Any], Any], n: Any, lane: Any) -> Any:
+    parts = [source(n, lane + i * width) for i in range(4)]
+    return fold(fold(parts[0], parts[1]), fold(parts[2], parts[3]))

@@ -14,7 +14,7 @@ from tvm import relax, te, tirx
 from tvm.ir import GenericConst, register_op_attr
 from tvm_ffi import structural_equal
 
-from bnncc.dialect import computes, computes_bytes, computes_float, computes_images, computes_planes
+from bnncc.dialect import computes, computes_bytes, computes_float, computes_images, computes_planes, functions
 from bnncc.dialect.computes_float import clip_value, fma, relu_value, rounded
 from bnncc.dialect.ops import attributes, dtype_of, op_name, shape_of
 from bnncc.runtime.bits import BitLayout, ByteLayout
@@ -74,11 +74,11 @@ _SCALAR: dict[str, Callable[..., Any]] = {
     "abs": tirx.abs,
     "sqrt": tirx.sqrt,
     "rsqrt": lambda a: _f32(1.0) / tirx.sqrt(a),
-    "exp": tirx.exp,
-    "tanh": tirx.tanh,
-    "sigmoid": lambda a: _f32(1.0) / (_f32(1.0) + tirx.exp(rounded(a * _f32(-1.0)))),
+    "exp": functions.exp,
+    "tanh": functions.tanh,
+    "sigmoid": functions.sigmoid,
     "nn.relu": relu_value,
-    "nn.silu": lambda a: a / (_f32(1.0) + tirx.exp(rounded(a * _f32(-1.0)))),
+    "nn.silu": lambda a: a / (_f32(1.0) + functions.exp(rounded(a * _f32(-1.0)))),
     "equal": _equal,
     "not_equal": _not_equal,
     "greater": lambda a, b: a > b,
@@ -95,10 +95,10 @@ _SCALAR: dict[str, Callable[..., Any]] = {
     "sin": tirx.sin,
     "cos": tirx.cos,
     "atan": lambda a: _libm("atanf", a),
-    "erf": lambda a: _libm("erff", a),
-    "nn.gelu": lambda a: a * _f32(0.5) * (_f32(1.0) + _libm("erff", a * _f32(math.sqrt(0.5)))),
+    "erf": functions.erf,
+    "nn.gelu": lambda a: a * _f32(0.5) * (_f32(1.0) + functions.erf(a * _f32(math.sqrt(0.5)))),
     "nn.gelu_tanh": lambda a: (
-        _f32(0.5) * a * (_f32(1.0) + tirx.tanh(_f32(math.sqrt(2 / math.pi)) * (a + _f32(0.044715) * a * a * a)))
+        _f32(0.5) * a * (_f32(1.0) + functions.tanh(_f32(math.sqrt(2 / math.pi)) * (a + _f32(0.044715) * a * a * a)))
     ),
     "bnncc.expm1": lambda a: _libm("expm1f", a),
     "bnncc.log1p": lambda a: _libm("log1pf", a),
@@ -269,6 +269,7 @@ _ANCHORS: dict[str, Lowered] = {
     ),
     "bnncc.resample": lambda t, a, _: computes_images.resample(t[0], t[1], t[2], a["axis"]),
     "bnncc.pool_axis": lambda t, a, _: computes_images.pool_axis(t[0], t[1], t[2], a["axis"], a["kind"]),
+    "concat": lambda t, a, _: computes_images.concat(*t),
     "bnncc.insert_zeros": lambda t, a, _: computes_images.insert_zeros(t[0], a["strides"]),
     "bnncc.xnor_conv2d": _xnor_conv2d,
     "bnncc.conv2d": _conv2d,
@@ -319,8 +320,21 @@ def _divides(call: relax.Call) -> bool:
     return all(size % out == 0 for size, out in zip(shape_of(call.args[0])[1:3], shape_of(call)[1:3], strict=True))
 
 
+#: Channels of one run of a concatenation: whole vectors on every target.
+_RUN = 16
+#: Channels of a concatenation up to which its loop over them can be written out.
+_MOST_JOINED = 2048
+
+
+def _joins_runs(call: relax.Call) -> bool:
+    shape, axis = shape_of(call), attributes(call)["axis"]
+    whole = all(shape_of(field)[-1] % _RUN == 0 for field in call.args[0].fields)
+    return axis in (len(shape) - 1, -1) and whole and shape[-1] <= _MOST_JOINED
+
+
 # Where our computes serve only some uses of an operator.
 _CONDITIONS: dict[str, Callable[[relax.Call], bool]] = {
+    "concat": _joins_runs,
     "nn.pad": _pads_pixels,
     "nn.adaptive_avg_pool2d": _divides,
     "nn.softmax": lambda c: len(shape_of(c)) == 2 and attributes(c)["axis"] in (-1, 1),

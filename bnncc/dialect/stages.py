@@ -18,7 +18,9 @@ a stage by its block annotation `ROLE`, never by its name:
     conv2d               float products, axes [N, OH, OW, G, OB, OL] + reduction [KH, KW, CI]
     dense                float products, axes [N, OB, OL] + reduction [K]
     depthwise            float products, axes [N, OH, OW, C] + reduction [KH, KW]
+    softmax.*            the steps of a softmax over rows, each row by row
     permute              a transposition
+    concat               tensors beside each other along the last axis
     reduction            pooling, means: any other reduction
 
 Elementwise stages have no role.
@@ -39,6 +41,9 @@ LANES = "bnncc.lanes"
 STEPS = "bnncc.steps"
 #: Key of the annotation of "byte_conv2d" that says whether two products may need more than 16 bits.
 WIDE = "bnncc.wide"
+
+#: Key of the annotation of "concat" that says of how many channels the runs are that all come from one tensor.
+RUN = "bnncc.run"
 
 #: (top, left, bottom, right)
 Padding = tuple[int, int, int, int]

@@ -12,8 +12,12 @@ from .conv import Conv, Dense
 from .lane_conv import LaneConv
 from .nests import LoopNests
 from .permute import Permute
+from .softmax import Softmax
 
 
 def rules_for(target: TargetSpec) -> list[Rule]:
     """The rules of a target in the order they are tried: the more special first."""
-    return [rule(target) for rule in (BinaryConv, LaneConv, BinaryConvBytes, ByteConv, Conv, Dense, Permute, LoopNests)]
+    return [
+        rule(target)
+        for rule in (BinaryConv, LaneConv, BinaryConvBytes, ByteConv, Conv, Dense, Permute, Softmax, LoopNests)
+    ]

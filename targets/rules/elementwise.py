@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from tvm import tirx
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import SBlockRV
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from bnncc.dialect.stages import ROLE
 from bnncc.targets.descriptor import TargetSpec
@@ -15,8 +17,8 @@ from .base import TASK_WORK, dtype_bits, extent, iterations, parallel_outer, par
 _UNROLLED = 4
 
 
-def schedule_elementwise(sch: Schedule, block: SBlockRV, target: TargetSpec) -> None:
-    """Vectorises one elementwise stage whose inputs lie in memory."""
+def schedule_elementwise(sch: Schedule, block: SBlockRV, target: TargetSpec, run: int = 0) -> None:
+    """Vectorises one elementwise stage whose inputs lie in memory; `run` as for `schedule_rest`."""
     loops = sch.get_loops(block)
     if not loops:
         return
@@ -31,6 +33,9 @@ def schedule_elementwise(sch: Schedule, block: SBlockRV, target: TargetSpec) -> 
         loops = [sch.fuse(*loops)] if len(loops) > 1 else loops
     *outer, inner = loops
     length = extent(sch, inner)
+    if run:
+        _schedule_joined(sch, outer, inner, math.gcd(run, target.vector_bits // widest), work)
+        return
     lanes = _lanes(length, target.vector_bits // widest, target.vector_bits // narrowest)
     if lanes > 1:
         inner, lane = sch.split(inner, [None, lanes])
@@ -45,6 +50,15 @@ def schedule_elementwise(sch: Schedule, block: SBlockRV, target: TargetSpec) -> 
             parallel_outer(sch, outer, work)
         return
     parallel_outer(sch, outer, work)
+
+
+def _schedule_joined(sch: Schedule, outer: list[LoopRV], channels: LoopRV, lanes: int, work: float) -> None:
+    """Vectors of `lanes` channels, one after the other without a loop."""
+    vectors, lane = sch.split(channels, [None, lanes])
+    sch.vectorize(lane)
+    sch.unroll(vectors)
+    if outer:
+        parallel_outer(sch, outer, work)
 
 
 def _schedule_pad(sch: Schedule, block: SBlockRV, target: TargetSpec) -> None:

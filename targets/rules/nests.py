@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from tvm import tirx
 from tvm.s_tir import Schedule
 
+from bnncc.dialect.stages import RUN
 from bnncc.targets.descriptor import TargetSpec
 
 from .base import Rule, Stages
@@ -16,19 +19,23 @@ from .reduction import schedule_reduction
 _ANCHORS = ("binary_conv2d", "binary_conv2d.chunk", "binary_conv2d.lanes", "byte_conv2d", "conv2d", "dense")
 
 
-def schedule_rest(stages: Stages, target: TargetSpec, done: set[str]) -> None:
-    """Schedules every stage whose name is not in `done`, in program order."""
+def schedule_rest(stages: Stages, target: TargetSpec, done: set[str], run: int = 0) -> None:
+    """Schedules every stage whose name is not in `done`, in program order.
+
+    run: if not 0, stages read a concatenation in their channels, from one tensor for every `run` of them: loops over
+        channels are then written out, so that nothing is asked at run time.
+    """
     for name, role, block in [(stages.name(b), stages.role(b), b) for b in stages.blocks]:
         if name in done:
             continue
         if role == "pack.bits":
-            done = done | schedule_pack(stages, block, target)
+            done = done | schedule_pack(stages, block, target, written_out=run > 0)
         elif role == "pack.words":
             done = done | schedule_planar(stages, block, target)
         elif stages.reduces(block):
-            done = done | schedule_reduction(stages, block, target)
+            done = done | schedule_reduction(stages, block, target, written_out=run > 0)
         else:
-            schedule_elementwise(stages.sch, block, target)
+            schedule_elementwise(stages.sch, block, target, run)
             done = done | {name}
 
 
@@ -42,6 +49,7 @@ class LoopNests(Rule):
         stages = Stages(sch)
         if anchors := stages.of(*_ANCHORS):
             return f"its {stages.role(anchors[0])} needs a register tile"
-        stages.inline(roles=("", "permute"))
-        schedule_rest(stages, self.target, set())
+        runs = [int(sch.get(block).annotations[RUN]) for block in stages.of("concat")]
+        stages.inline(roles=("", "permute", "concat"))
+        schedule_rest(stages, self.target, set(), math.gcd(*runs))
         return sch

@@ -36,14 +36,19 @@ def schedule_bits(sch: Schedule, bits: SBlockRV, pack: SBlockRV) -> None:
     sch.set_scope(bits, 0, "local")
 
 
-def schedule_pack(stages: Stages, bits: SBlockRV, target: TargetSpec) -> set[str]:
-    """Schedules one packing whose input lies in memory, with its padding; returns the names of the stages it took."""
+def schedule_pack(stages: Stages, bits: SBlockRV, target: TargetSpec, *, written_out: bool = False) -> set[str]:
+    """Schedules one packing whose input lies in memory, with its padding; returns the names of the stages it took.
+
+    written_out: the loop over blocks of bytes is unrolled.
+    """
     sch = stages.sch
     last, names = _with_padding(stages, bits)
     parallel_outer(sch, sch.get_loops(last)[:2], iterations(sch, bits) / target.float_lanes)
     if len(sch.get(last).iter_vars) == 5:  # ternary: [N, H, W, 2, bytes]
         unroll(sch, sch.get_loops(last)[-2])
     schedule_bits(sch, bits, last)
+    if written_out:
+        unroll(sch, sch.get_loops(last)[-2])
     return names
 
 

@@ -24,8 +24,11 @@ from .base import (
 _SUMS = 8
 
 
-def schedule_reduction(stages: Stages, block: SBlockRV, target: TargetSpec) -> set[str]:
-    """Schedules one reduction under the elementwise stage that follows it; returns the names of the stages it took."""
+def schedule_reduction(stages: Stages, block: SBlockRV, target: TargetSpec, *, written_out: bool = False) -> set[str]:
+    """Schedules one reduction under the elementwise stage that follows it; returns the names of the stages it took.
+
+    written_out: the loop over channels is unrolled.
+    """
     sch = stages.sch
     names = {stages.name(block)}
     kept = [iv for iv in sch.get(block).iter_vars if iv.iter_type == SPATIAL]
@@ -54,6 +57,8 @@ def schedule_reduction(stages: Stages, block: SBlockRV, target: TargetSpec) -> s
         if stages.role(block) == "depthwise":
             partition(sch, po)  # the windows that reach into the padding
         parallel_outer(sch, outer[:-1], work)
+        if written_out:
+            unroll(sch, co)
     else:
         co = parallel_outer(sch, [*outer, co], work)
     unroll(sch, cv)

@@ -142,6 +142,57 @@ def test_a_pad_takes_in_the_transposition_before_it(function, steps):
     assert steps(function(SHAPE, body)) == [("permute_dims+pad", 1)]
 
 
+def join(*parts):
+    return emit(R_.concat(list(parts), axis=3))
+
+
+def pool(x, size=2, stride=2):
+    return emit(R_.nn.max_pool2d(x, [size, size], [stride, stride], layout="NHWC"))
+
+
+def scale(x, channels=32):
+    values = np.random.default_rng(3).normal(size=(2, channels))
+    return emit(call("scale_shift", [x, *map(const, values)], axis=3))
+
+
+def test_readers_of_a_concatenation_compute_it_themselves(steps, evaluate, execute):
+    def body(x):
+        joined = join(x, move(x))
+        return emit(R_.nn.relu(emit(R_.multiply(joined, const(2.0))))), emit(R_.abs(joined))
+
+    mod = several(SHAPE, body)
+    assert steps(mod) == [("permute_dims", 1), ("multiply+relu", 1), ("abs", 1)]
+    check_values(mod, evaluate, execute)
+
+
+def test_elementwise_operators_go_into_the_pool_that_alone_reads_them(function, steps):
+    assert steps(function(SHAPE, lambda x: R_.nn.relu(pool(scale(join(x, x)))))) == [("scale_shift+max_pool2d+relu", 1)]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (lambda x: move(join(x, x)), "concat permute_dims"),
+        (lambda x: emit(R_.add(join(x, x), join(x, x))), "concat concat+add"),
+        (lambda x: emit(R_.abs(join(x, emit(R_.strided_slice(x, [3], [0], [8]))))), "strided_slice concat abs"),
+        (lambda x: join(x, x), "concat"),
+    ],
+    ids=["an anchor", "two operands", "parts of vectors", "an output"],
+)
+def test_do_not_compute_where_it_is_read(body, expected, steps, evaluate, execute):
+    mod = several(SHAPE, lambda x: [body(x)])
+    assert " ".join(op for op, _ in steps(mod)) == expected
+    check_values(mod, evaluate, execute)
+
+
+def test_do_not_compute_an_element_twice_or_for_one_of_two_readers(steps):
+    def body(x):
+        scaled = scale(x, 16)
+        return pool(scaled), pool(emit(R_.abs(scaled)), 3, 1)
+
+    assert steps(several(SHAPE, body)) == [("scale_shift", 1), ("max_pool2d", 1), ("abs", 1), ("max_pool2d", 1)]
+
+
 # What must stay apart.
 
 

@@ -108,6 +108,11 @@ def test_do_not_move(body, function, check_unchanged):
     check_unchanged(HoistReshape, function((2, 4, 3), lambda x: body(call("sign", [x], predicate="gt"), x)))
 
 
+def test_a_concatenation_of_one_vanishes(function, check):
+    alone = function((2, 3, 4), lambda x: R_.negative(R_.concat([R_.nn.relu(x)], axis=1)))
+    check(HoistReshape, alone, function((2, 3, 4), lambda x: R_.negative(R_.nn.relu(x))))
+
+
 def test_a_reshape_to_the_same_shape_vanishes(function, check):
     def before(x):
         return R_.negative(R_.reshape(R_.nn.relu(x), (2, 3, 4)))

@@ -11,6 +11,9 @@ from tvm import te
 
 from bnncc.dialect import computes_float as F
 from bnncc.dialect import reference
+from bnncc.dialect.computes_images import concat
+from bnncc.dialect.computes_pack import pack
+from bnncc.runtime.bits import BitLayout
 from bnncc.targets import emit
 from bnncc.targets.descriptor import TargetSpec
 
@@ -65,6 +68,32 @@ def test_conv2d(target, image, channels, out, kernel, strides, dilation, groups)
     assert not emit.unscheduled(built.scheduled)
     expected = np.maximum(reference.conv2d(x, w, strides, dilation, groups) * a + b, 0)
     _assert_close_sums(built(x, packed, a, b), expected, w[0].size)
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (160, 64, 64), (64, 16, 32), (48,)])
+@pytest.mark.parametrize("what", ["itself", "elementwise", "pool", "bits"])
+def test_concatenations(target: TargetSpec, sizes: tuple[int, ...], what: str) -> None:
+    parts = [_floats(1, 6, 6, size) for size in sizes]
+    layout = BitLayout.for_target(sum(sizes), 1, target.word_bits, target.max_lanes)
+
+    def f(*tensors):
+        joined = concat(*tensors)
+        if what == "pool":
+            return F.max_pool2d(F.relu(joined), (2, 2), (2, 2))
+        if what == "bits":
+            return pack(F.relu(joined), layout, "gt", padding=(1, 1, 1, 1))
+        return F.relu(joined) if what == "elementwise" else joined
+
+    built = Kernel(target, f, *parts)
+    assert not emit.unscheduled(built.scheduled)
+    joined = np.concatenate(parts, axis=3)
+    expected = joined if what == "itself" else np.maximum(joined, 0)
+    if what == "pool":
+        expected = expected.reshape(1, 3, 2, 3, 2, -1).max(axis=(2, 4))
+    if what == "bits":
+        words = reference.pad_pixels(reference.pack_signs(expected, layout), (1, 1, 1, 1), 0)
+        expected = np.ascontiguousarray(words).view(np.uint8)
+    np.testing.assert_array_equal(built(*parts), expected)
 
 
 @pytest.mark.parametrize(("rows", "depth", "out"), [(1, 64, 10), (1, 512, 1000), (5, 33, 17), (64, 128, 96), (3, 1, 1)])
@@ -193,8 +222,10 @@ def test_global_mean(target: TargetSpec, shape: tuple) -> None:
     _assert_close_sums(built(x), x.astype(np.float64).mean((1, 2)), shape[1] * shape[2])
 
 
-def test_softmax(target: TargetSpec) -> None:
-    x = _floats(3, 10)
+@pytest.mark.parametrize("shape", [(3, 10), (1, 1), (2, 16), (3, 64), (2, 65), (5, 300)])
+def test_softmax(target: TargetSpec, shape: tuple) -> None:
+    x = _floats(*shape)
+    x[0, -1] = -np.inf if shape[1] > 1 else 0
     built = Kernel(target, F.softmax, x)
     assert not emit.unscheduled(built.scheduled)
     np.testing.assert_allclose(built(x), torch.softmax(torch.from_numpy(x), -1).numpy(), rtol=1e-6)
