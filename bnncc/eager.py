@@ -14,12 +14,13 @@ from torch import fx
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from bnncc.dialect.plan import QuantizedLayer
 from bnncc.frontends.torch import export_model
 from bnncc.models import is_onnx
 from bnncc.runtime import parity
 from bnncc.runtime.device import Device, open_device, runner_path
 from bnncc.runtime.errors import BnnccError
-from bnncc.runtime.manifest import PortEntry, model_shape
+from bnncc.runtime.manifest import Manifest, PortEntry, model_shape
 from bnncc.runtime.report import ParityReport
 
 
@@ -119,6 +120,7 @@ def validate(
             device_name=device,
             layer_batches=layer_batches,
             progress=progress,
+            intended=_intended(reference, opened.manifest),
         )
 
 
@@ -127,8 +129,22 @@ def _reference(model: Any, ports: Sequence[PortEntry]) -> parity.Reference:
         from bnncc.onnx_reference import OnnxReference
 
         return OnnxReference(model, [model_shape(port) for port in ports])
-    examples = tuple(torch.zeros(*model_shape(port), dtype=getattr(torch, port["dtype"])) for port in ports)
-    return EagerReference(model, examples)
+    return EagerReference(model, _examples(ports))
+
+
+def _intended(model: Any, manifest: Manifest) -> parity.Intended | None:
+    """The model with the layers quantized that the artifact's user opted in to, if there are any."""
+    if not manifest.get("quantized"):
+        return None
+    from bnncc.calibration import QuantizedReference
+    from bnncc.compiler import import_model
+
+    layers = [QuantizedLayer(**entry) for entry in manifest["quantized"]]
+    return QuantizedReference(import_model(model, _examples(manifest["inputs"])), layers)
+
+
+def _examples(ports: Sequence[PortEntry]) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.zeros(*model_shape(port), dtype=getattr(torch, port["dtype"])) for port in ports)
 
 
 @contextmanager

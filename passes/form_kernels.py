@@ -30,7 +30,7 @@ from tvm.ir import GenericConst, IRModule
 
 from bnncc.dialect.kernels import ELEMENTWISE, is_anchor, is_exact, literal, lower
 from bnncc.dialect.ops import attributes, is_call, op_name, shape_of
-from bnncc.passes.rewriter import LAYERS, ORIGINS, Rewriter, module_pass, numpy_of, operands
+from bnncc.passes.rewriter import LAYERS, ORIGINS, Rewriter, module_pass, numpy_of, operands, opt_ins_of
 from bnncc.runtime.errors import BnnccError
 
 #: Attribute of `main`: variable of a kernel call → JSON of its `op`, `layers` and `exact` (`bnncc.dialect.plan.Step`).
@@ -78,6 +78,7 @@ class _Form(Rewriter):
         super().__init__(mod)
         self.position = {b.var: i for i, b in enumerate(self.bindings)}
         self.outputs = returned_memory(self.func)
+        self.opt_ins = opt_ins_of(self.func)
         self.group_of: dict[Any, _Group] = {}
         # Variables whose memory is the caller's, old and new: it is aligned to its elements only.
         self.callers_memory = renamings({*self.func.params, *self.outputs}, self.definition)
@@ -348,7 +349,10 @@ class _Form(Rewriter):
         calls = [self.definition[v] for v in group.members]
         paths = [o.path for v in group.members if (o := self.origin(v)) and o.path]
         ops = [str(op_name(c)).split(".")[-1] for c in calls]
-        return {"op": "+".join(ops), "layers": list(dict.fromkeys(paths)), "exact": all(is_exact(c) for c in calls)}
+        opt_in = next((self.opt_ins[v.name] for v in group.members if v.name in self.opt_ins), None)
+        exact = opt_in is None and all(is_exact(c) for c in calls)
+        note = {"op": "+".join(ops), "layers": list(dict.fromkeys(paths)), "exact": exact}
+        return note | {"opt_in": opt_in} if opt_in else note
 
     def unsupported(self, var: Any, name: str) -> BnnccError:
         origin = self.origin(var)

@@ -26,7 +26,7 @@ from tvm.relax import op as R
 from bnncc.dialect.ops import attributes, call, is_call, shape_of
 from bnncc.passes.grids import Grid, Grids, integer_weight
 from bnncc.passes.layers import LayerRewriter, joint_padding
-from bnncc.passes.rewriter import Origin, is_const, module_pass, numpy_of
+from bnncc.passes.rewriter import Origin, is_const, module_pass, numpy_of, opt_ins_of
 
 #: The largest magnitude of a weight's integers: eight bits counted from a zero point.
 MOST_WEIGHT = 255
@@ -42,6 +42,7 @@ class _Fuse(LayerRewriter):
 
     def begin(self) -> None:
         self.grids = Grids(self.definition)
+        self.opt_ins = opt_ins_of(self.func)
 
     def conv(self, var: Any, value: relax.Call) -> Any | None:
         source, weight = self.definition[var].args
@@ -116,7 +117,7 @@ class _Fuse(LayerRewriter):
         factors = (scale * grid.scale).astype("float32")
         powers = np.frexp(scale)[0] == 0.5
         bound = np.abs(grid.values).max() / grid.scale * np.abs(integers.reshape(len(integers), -1)).sum(axis=1).max()
-        exact = grid.exact and powers.all() and bound < 1 << 24
+        exact = grid.exact and powers.all() and bound < 1 << 24 and var.name not in self.opt_ins
         if exact and (factors == 1).all():
             return accumulator
         const = relax.const(np.ascontiguousarray(factors.reshape(shape)))

@@ -3,6 +3,7 @@
     round(clip(x, 0, 1) · n) / n                     n + 1 values, 1/n apart (DoReFa; PACT with its own bound)
     (clip(round(x / s) + z, lo, hi) − z) · s         hi − lo + 1 values, s apart (torch.ao)
     bnncc.sign(x)                                    −1 and +1
+    bnncc.quantize(x, s)                             its levels
 
 An expression that holds integers between two bounds is a root: bounds are followed through clamps and any monotone
 arithmetic with numbers. What follows a root, element by element and with numbers only, is evaluated by torch at each of
@@ -22,6 +23,7 @@ from tvm import relax
 from bnncc.dialect import torch_eval
 from bnncc.dialect.ops import attributes, dtype_of, op_name
 from bnncc.passes.rewriter import is_const, numpy_of, scalar_of
+from bnncc.runtime.bits import Levels
 
 #: The most values of an activation: 8 bits.
 MOST_LEVELS = 256
@@ -114,6 +116,8 @@ class Grids:
                 if most is None:
                     return None
                 return self._evaluate(chain, var, torch.tensor(signs))
+            if (levels := _levels(call)) is not None:
+                return self._evaluate(chain, var, torch.from_numpy(levels))
             if self._is_integer(var) and (bounds := self._bounds(var)) is not None:
                 low, high = bounds
                 if most is None:
@@ -199,6 +203,14 @@ def _signs(call: Any) -> list[float] | None:
     if name == "bnncc.sign":
         return [-1.0, 0.0, 1.0] if attributes(call)["predicate"] == "ternary" else [-1.0, 1.0]
     return [-1.0, 1.0] if name in ("bnncc.threshold", "bnncc.lookup") else None
+
+
+def _levels(call: Any) -> np.ndarray | None:
+    """The values that an explicit quantizer gives."""
+    if op_name(call) != "bnncc.quantize":
+        return None
+    a = attributes(call)
+    return Levels.affine(float(numpy_of(call.args[1])), a["first"], a["most"]).values
 
 
 def _grid(values: np.ndarray) -> Grid | None:

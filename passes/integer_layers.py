@@ -24,6 +24,7 @@ from bnncc.dialect.ops import attributes, call, is_call, shape_of
 from bnncc.dialect.plan import Layer
 from bnncc.passes.pack_bits import zero_padding_correction
 from bnncc.passes.rewriter import Origin, Rewriter, numpy_of
+from bnncc.runtime.bits import Levels
 
 _DENSE = {"strides": (1, 1), "dilation": (1, 1), "groups": 1, "padding": (0, 0, 0, 0), "pad_steps": 0}
 
@@ -103,15 +104,19 @@ class IntegerLayers(Rewriter):
     def pack(
         self, operator: str, source: Any, values: np.ndarray, suffix: str, padding: Any, layout: Any, **attrs: Any
     ) -> Any:
-        """The packed levels of an old variable, whose float `values` are known. attrs: of the packing operator."""
+        """The packed levels of an old variable, whose float `values` are known. attrs: of the packing operator.
+
+        Packing rounds to the nearest level, so that an explicit quantizer before it has nothing left to do.
+        """
+        if is_call(quantizer := self.definition.get(source), "bnncc.quantize"):
+            source = quantizer.args[0]
         key = (operator, source, layout, padding, values.tobytes(), *attrs.values())
         if key not in self.packed:
             x = self.replaced(source)
             if len(shape_of(x)) == 2:
                 x = self.emit(R.reshape(x, (1, 1, *shape_of(x))), f"{source.name}__image")
-            wide = values.astype("float64")
-            inverse = np.float32((len(values) - 1) / (wide[-1] - wide[0]))
-            args = [x, relax.const(values[0]), relax.const(inverse)]
+            grid = Levels(values)
+            args = [x, relax.const(grid.lowest), relax.const(grid.inverse)]
             levels = call(operator, args, padding=padding, **layout.to_json(), **attrs)
             name = f"{source.name}__{suffix}" + ("_padded" if any(padding) else "")
             bits = {**layout.to_json(), **attrs, "padding": list(padding), "levels": values.tolist()}

@@ -6,11 +6,12 @@ file. `dump` receives the module after every pass (`bnncc compile --dump-ir DIR`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm.ir import IRModule
 
+from bnncc.dialect.plan import QuantizedLayer
 from bnncc.passes.canonicalize_sign import CanonicalizeSign
 from bnncc.passes.fold_constants import FoldConstants
 from bnncc.passes.form_kernels import STEPS, FormKernels
@@ -26,24 +27,36 @@ from bnncc.passes.pack_bits import PackBits
 from bnncc.passes.pack_bytes import PackBytes
 from bnncc.passes.pack_planes import PackPlanes
 from bnncc.passes.plan_memory import plan_memory
-from bnncc.passes.rewriter import LAYERS, ORIGINS, origins_of
+from bnncc.passes.quantize_float import QuantizeFloat
+from bnncc.passes.rewriter import LAYERS, OPT_INS, ORIGINS, origins_of
 from bnncc.passes.sink_scale import SinkScale
 from bnncc.passes.to_nhwc import ToNHWC
 
 Dump = Callable[[str, IRModule], None]
 
 
-def phases(target: Any, channels_last: str = "none") -> list[tuple[str, list[Any]]]:
-    """The passes for a target, phase by phase, in order; channels_last as in `ToNHWC`."""
+_CANONICALIZE = [
+    CanonicalizeSign,  # first: a straight-through weight folded as written would not be ±1
+    FoldConstants,
+    MarkQuantized,  # scales are numbers by now
+    SinkScale,  # a scaled sign is a sign and a scaled weight
+    HoistReshape,  # a sign stands right before the layer it quantizes for
+]
+
+
+def phases(
+    target: Any, channels_last: str = "none", quantized: Sequence[QuantizedLayer] = ()
+) -> list[tuple[str, list[Any]]]:
+    """The passes for a target, phase by phase, in order.
+
+    channels_last: as in `ToNHWC`. quantized: the float layers that are to become integer ones.
+    """
     return [
         (
             "canonicalize: one spelling of everything",
             [
-                CanonicalizeSign,  # first: a straight-through weight folded as written would not be ±1
-                FoldConstants,
-                MarkQuantized,  # scales are numbers by now
-                SinkScale,  # a scaled sign is a sign and a scaled weight
-                HoistReshape,  # a sign stands right before the layer it quantizes for
+                *_CANONICALIZE,
+                *([QuantizeFloat(quantized)] if quantized else []),  # names are final; nothing is fused yet
             ],
         ),
         (
@@ -76,15 +89,23 @@ def phases(target: Any, channels_last: str = "none") -> list[tuple[str, list[Any
     ]
 
 
+def canonicalize(mod: IRModule, quantized: Sequence[QuantizedLayer] = ()) -> IRModule:
+    """The first phase alone, whose result torch can still evaluate (`bnncc.dialect.torch_eval`)."""
+    for step in [*_CANONICALIZE, *([QuantizeFloat(quantized)] if quantized else [])]:
+        mod = step(mod)
+    return mod
+
+
 def run(
     mod: IRModule,
     target: Any,
     dump: Dump | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     channels_last: str = "none",
+    quantized: Sequence[QuantizedLayer] = (),
 ) -> IRModule:
     """Every pass in order: a module whose `main` is a straight line of kernel calls, and the unscheduled kernels."""
-    passes = [p for _, phase in phases(target, channels_last) for p in phase]
+    passes = [p for _, phase in phases(target, channels_last, quantized) for p in phase]
     if dump:
         dump("imported", mod)
     for index, step in enumerate(passes):
@@ -102,7 +123,7 @@ def readable(mod: IRModule) -> str:
     main = mod["main"]
     paths = {name: origin.path for name, origin in origins_of(main).items()}
     bare = mod.clone()
-    for attribute in (ORIGINS, LAYERS, STEPS):
+    for attribute in (ORIGINS, LAYERS, OPT_INS, STEPS):
         main = main.without_attr(attribute)
     bare["main"] = main
     lines = []

@@ -138,7 +138,15 @@ def _add_step(b: _Builder, var: Any, value: relax.Call, note: dict[str, Any], st
             for i, ty in enumerate(types)]  # fmt: skip
     b.ids[var] = made
     steps.append(
-        Step(str(value.args[0].name_hint), note["op"], (*args, *made), len(made), tuple(note["layers"]), note["exact"])
+        Step(
+            str(value.args[0].name_hint),
+            note["op"],
+            (*args, *made),
+            len(made),
+            tuple(note["layers"]),
+            note["exact"],
+            note.get("opt_in"),
+        )
     )
 
 

@@ -26,6 +26,9 @@ tvm_ffi.register_error("BnnccError", BnnccError)
 #: Attributes of `main`: where variables come from, and the rows of the per-layer table (`bnncc.dialect.plan.Layer`).
 ORIGINS = "bnncc.origins"
 LAYERS = "bnncc.layers"
+#: Attribute of `main`, if there is any: variable of a layer that computes with other numbers than the model because its
+#: user opted in → "int8".
+OPT_INS = "bnncc.opt_ins"
 
 
 _LAYOUT = ("order", "bits", "step")
@@ -65,6 +68,11 @@ def origins_of(func: relax.Function) -> dict[str, Origin]:
     """The origins table of `main`: variable name → origin."""
     table = func.attrs[ORIGINS] if _has(func, ORIGINS) else {}
     return {str(name): Origin.parse(fields) for name, fields in table.items()}
+
+
+def opt_ins_of(func: relax.Function) -> dict[str, str]:
+    """The table of opt-ins of `main`."""
+    return {str(name): str(kind) for name, kind in func.attrs[OPT_INS].items()} if _has(func, OPT_INS) else {}
 
 
 def _has(func: relax.Function, attribute: str) -> bool:

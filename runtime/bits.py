@@ -96,6 +96,42 @@ class BitLayout:
 
 
 @dataclass(frozen=True)
+class Levels:
+    """The values of a quantized activation, float32, ascending and evenly spaced; a value's level is its index.
+
+    The level of any x is ``nearbyint((x − lowest) · inverse)``, clamped, each operation rounded to float32: kernels and
+    the parity check compute it alike, so that they agree on ties.
+    """
+
+    values: np.ndarray
+
+    @classmethod
+    def affine(cls, scale: float, first: int, most: int) -> Levels:
+        """``scale · (first + level)`` for the levels 0 … most."""
+        return cls((np.arange(first, first + most + 1, dtype=np.float32) * np.float32(scale)).astype(np.float32))
+
+    @property
+    def lowest(self) -> np.float32:
+        return np.float32(self.values[0])
+
+    @property
+    def most(self) -> int:
+        """The greatest level."""
+        return len(self.values) - 1
+
+    @property
+    def inverse(self) -> np.float32:
+        """One over the distance of two neighbours."""
+        wide = self.values.astype(np.float64)
+        return np.float32(self.most / (wide[-1] - wide[0]))
+
+    def of(self, x: np.ndarray) -> np.ndarray:
+        """The levels of x, int64; NaN has level 0."""
+        steps = np.rint((x.astype(np.float32) - self.lowest) * self.inverse)
+        return np.clip(np.nan_to_num(steps, nan=0.0), 0, self.most).astype(np.int64)
+
+
+@dataclass(frozen=True)
 class ByteLayout:
     """How the channel axis of a tensor of levels lies in bytes, where a value takes more bits than planes are good for.
 

@@ -53,7 +53,10 @@ class TensorEntry(TypedDict):
 
 
 class StepEntry(TypedDict):
-    """One kernel call. args: tensor ids, the last `outputs` of them written. exact: must be bit-equal to eager."""
+    """One kernel call. args: tensor ids, the last `outputs` of them written. exact: must be bit-equal to eager.
+
+    opt_in: "int8" where it computes a layer that its user opted in to quantize; else null.
+    """
 
     kernel: str
     op: str
@@ -61,6 +64,7 @@ class StepEntry(TypedDict):
     outputs: int
     layers: list[str]
     exact: bool
+    opt_in: str | None
 
 
 class LayerEntry(TypedDict):
@@ -73,6 +77,15 @@ class LayerEntry(TypedDict):
     weight_bits: int
     macs: int
     weight_bytes: int
+
+
+class QuantizedEntry(TypedDict):
+    """See `bnncc.dialect.plan.QuantizedLayer`."""
+
+    layer: str
+    path: str
+    low: float | None
+    high: float | None
 
 
 class VersionEntry(TypedDict):
@@ -103,7 +116,8 @@ class Manifest(TypedDict):
     the machine has. weights: of all versions together, equal ones once. io_alignment: callers' buffers so aligned are
     used in place.
 
-    What the compiler adds on its own account (options, opt-ins such as fast-math) stands beside these keys.
+    float_layers: "float32", or "int8" by opt-in; `quantized` are then the float layers that compute with 8-bit
+    integers. What the compiler adds on its own account stands beside these keys.
     """
 
     format: int
@@ -115,6 +129,8 @@ class Manifest(TypedDict):
     inputs: list[PortEntry]
     outputs: list[PortEntry]
     versions: list[VersionEntry]
+    float_layers: str
+    quantized: list[QuantizedEntry]
     io_alignment: int
     weights_bytes: int
     weights_sha256: str

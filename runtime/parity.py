@@ -9,12 +9,16 @@ than eager's) is within `TOLERANCE`, or, where it ends in quantized values, with
 run nothing differs that is not downstream of an inexact step; and a
 batch in which no sign flipped has outputs within `RUN_TOLERANCE`.
 
+Layers that their user opted in to quantize (`opt_in` of a step) compute something else than the model. They, and what
+follows them in a whole run, are held by the same rules to `Intended`: the model with these layers quantized. How far
+they are from eager is counted besides, and decides nothing.
+
 This module needs NumPy only. What eager computes comes through `Reference`; `bnncc.eager` has the one for PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,17 +56,30 @@ class Reference(Protocol):
         ...
 
 
+class Intended(Protocol):
+    """What the model computes with the layers quantized that the artifact was compiled so. Arrays as in `Reference`."""
+
+    def outputs(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]: ...
+
+    def values(self, known: Mapping[str, np.ndarray], nodes: set[str]) -> dict[str, np.ndarray]:
+        """The values of these nodes, given those of others."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Unit:
     """One step with the steps it needs to be run alone: its own scratch inputs are made by `steps` before it.
 
-    outputs: the values it is judged by; empty for a step that only makes scratch memory.
+    inputs: ids of the values it reads. outputs: the values it is judged by; empty for a step that only makes scratch
+    memory. opt_in: as of its step, or of one that it needs.
     """
 
     steps: tuple[int, ...]
     exact: bool
     downstream: bool
+    inputs: tuple[int, ...]
     outputs: tuple[StoredValue, ...]
+    opt_in: str | None
 
 
 def check(
@@ -74,17 +91,19 @@ def check(
     device_name: str = "local",
     layer_batches: int | None = 4,
     progress: Progress | None = None,
+    intended: Intended | None = None,
 ) -> ParityReport:
     """Runs the artifact on `device` against `reference`.
 
     inputs: tuples of arrays (or single arrays), one for each input of the model; their first axis is a multiple of the
         artifact's, and they are cut into its batches. labels: class numbers of all samples, in order.
     layer_batches: how many batches are also looked at step by step; None means all.
+    intended: needed for an artifact with an opt-in.
     Raises BnnccError for inputs or labels that do not fit, and for a reference that is another model.
     """
-    run = _Run(device, reference, device_name)
+    run = _Run(device, reference, device_name, intended)
     truth = None if labels is None else np.asarray(labels).reshape(-1)
-    batches = list(_batches(device.manifest["inputs"], inputs))
+    batches = list(cut_batches(device.manifest["inputs"], inputs))
     if not batches:
         raise InputError("no inputs to compare on: give at least one sample")
     suspects = 0
@@ -107,12 +126,15 @@ def check(
 class _Run:
     """The state of one check: the device, the reference, and the report as it grows."""
 
-    def __init__(self, device: Device, reference: Reference, device_name: str) -> None:
+    def __init__(self, device: Device, reference: Reference, device_name: str, intended: Intended | None) -> None:
         self.device = device
         self.reference = reference
+        self.intended = intended
         manifest, version = device.manifest, device.version
         self.manifest, self.version = manifest, version
         self.report = ParityReport(manifest["name"], version["name"], device_name, tolerance=TOLERANCE)
+        paths = [entry["path"] for entry in manifest.get("quantized", ())]
+        self.report.quantized_layers = list(dict.fromkeys(paths))
         self.values = {value.id: value for value in map(StoredValue.of, version["tensors"]) if value is not None}
         self.nodes = {value.node for value in self.values.values()}
         self.units = _units(version, self.values)
@@ -126,7 +148,7 @@ class _Run:
         self.unexplained = 0.0
 
     def outputs(self, batch: tuple[np.ndarray, ...]) -> float:
-        """Runs one batch end to end; returns the largest relative difference of its outputs."""
+        """Runs one batch end to end; returns the largest relative difference of its outputs from what is intended."""
         ports = self.manifest["outputs"]
         given = [from_model_axes(*pair) for pair in zip(self.manifest["inputs"], batch, strict=True)]
         device = [to_model_axes(*pair) for pair in zip(ports, self.device.run(given), strict=True)]
@@ -138,11 +160,10 @@ class _Run:
                 f"the artifact returns {shapes} but the reference {[b.shape for b in eager]}: "
                 "the reference is not the model that was compiled"
             )
-        largest = 0.0
         for a, b in zip(device, eager, strict=True):
-            difference = Difference.between(a, b)
-            self.report.outputs.merge(difference)
-            largest = max(largest, difference.max_rel)
+            self.report.outputs.merge(Difference.between(a, b))
+        wanted = self.intended.outputs(batch) if self.intended else eager
+        largest = max(Difference.between(a, b).max_rel for a, b in zip(device, wanted, strict=True))
         self.report.samples += self.batch_size
         if self.classifies:
             self.predicted.append(device[0].argmax(-1).reshape(-1))
@@ -155,10 +176,20 @@ class _Run:
         encoded = {id_: value.encode(values[value.node]) for id_, value in self.values.items()}
         self.report.traced += self.batch_size
         flips = self._trace_whole(batch, encoded)
-        self._trace_alone(encoded)
+        self._trace_alone(values, encoded)
         return flips
 
+    def _intended_run(self, batch: tuple[np.ndarray, ...]) -> dict[int, np.ndarray]:
+        """What the tensors are to hold in a whole run of a network with an opt-in; empty for any other."""
+        if self.intended is None:
+            return {}
+        ports = [self.values.get(tensor) for tensor in self.version["inputs"]]
+        known = {value.node: array for value, array in zip(ports, batch, strict=True) if value}
+        values = self.intended.values(known, self.nodes)
+        return {id_: value.encode(values[value.node]) for id_, value in self.values.items()}
+
     def _trace_whole(self, batch: tuple[np.ndarray, ...], encoded: dict[int, np.ndarray]) -> int:
+        intended = self._intended_run(batch)
         ports = self.manifest["inputs"]
         for tensor, port, array in zip(self.version["inputs"], ports, batch, strict=True):
             self.device.write(tensor, from_model_axes(port, array))
@@ -166,11 +197,13 @@ class _Run:
         for unit, rows in zip(self.units, self.rows, strict=True):
             self.device.run_steps(unit.steps[-1], 1)
             for value, row in zip(unit.outputs, rows, strict=True):
-                found = self._compare(value, encoded, row.whole)
+                found = self._compare(value, encoded[value.id], row.whole)
+                if value.id in intended:
+                    found = self._compare(value, intended[value.id], Difference())
                 flips += found if row.packed or row.step else 0
         return flips
 
-    def _trace_alone(self, encoded: dict[int, np.ndarray]) -> None:
+    def _trace_alone(self, values: dict[str, np.ndarray], encoded: dict[int, np.ndarray]) -> None:
         for unit, rows in zip(self.units, self.rows, strict=True):
             if not rows:
                 continue
@@ -181,12 +214,24 @@ class _Run:
                     if id_ in encoded:
                         self.device.write(id_, encoded[id_])
                 self.device.run_steps(index, 1)
+            expected = self._quantized(unit, values) if unit.opt_in else encoded
             for value, row in zip(unit.outputs, rows, strict=True):
-                self._compare(value, encoded, row.isolated)
+                self._compare(value, expected[value.id], row.isolated)
+                if unit.opt_in:
+                    self._compare(value, encoded[value.id], row.cost)
+                    row.see(values[value.node])
 
-    def _compare(self, value: StoredValue, encoded: dict[int, np.ndarray], difference: Difference) -> int:
+    def _quantized(self, unit: _Unit, values: dict[str, np.ndarray]) -> dict[int, np.ndarray]:
+        """What the tensors are to hold that a quantized layer writes when fed with eager's values."""
+        if self.intended is None:
+            raise BnnccError("the artifact has quantized layers: compare it by bnncc.validate, which knows them")
+        known = {self.values[id_].node: values[self.values[id_].node] for id_ in unit.inputs}
+        made = self.intended.values(known, {value.node for value in unit.outputs})
+        return {value.id: value.encode(made[value.node]) for value in unit.outputs}
+
+    def _compare(self, value: StoredValue, expected: np.ndarray, difference: Difference) -> int:
         """Adds what the device holds of `value` now to `difference`; returns the number of mismatches."""
-        stored, expected = self.device.read(value.id), encoded[value.id]
+        stored = self.device.read(value.id)
         found = Difference.between(value.decode(stored), value.decode(expected))
         if value.layout is not None and not found.mismatches:
             # Equal values in unequal words: a padding pixel or padding bit is wrong, and the next layer reads it.
@@ -239,7 +284,7 @@ def _problems(report: ParityReport, unexplained: float) -> Iterator[str]:
         )
 
 
-def _batches(ports: list[PortEntry], inputs: Iterable[Any]) -> Iterator[tuple[np.ndarray, ...]]:
+def cut_batches(ports: list[PortEntry], inputs: Iterable[Any]) -> Iterator[tuple[np.ndarray, ...]]:
     """Cuts what the caller gave into batches of the artifact's own shape."""
     for item in inputs:
         arrays = item if isinstance(item, tuple | list) else (item,)
@@ -288,7 +333,7 @@ def _arguments(step: StepEntry) -> tuple[list[int], list[int]]:
 def _rows(step: StepEntry, unit: _Unit) -> list[StepParity]:
     """One row for each value of the model that the step makes."""
     facts = (unit.steps[-1], step["op"], tuple(step["layers"]), unit.exact)
-    return [StepParity(*facts, _is_packed(value), unit.downstream, value.step) for value in unit.outputs]
+    return [StepParity(*facts, _is_packed(value), unit.downstream, value.step, unit.opt_in) for value in unit.outputs]
 
 
 def _is_packed(value: StoredValue) -> bool:
@@ -310,8 +355,10 @@ def _units(version: VersionEntry, values: dict[int, StoredValue]) -> list[_Unit]
                 needed.update(units[maker[place[id_]]].steps)
         exact = all(version["steps"][i]["exact"] for i in needed)
         downstream = not exact or any(place[id_] in inexact for id_ in reads)
+        inputs = {id_ for i in needed for id_ in _arguments(version["steps"][i])[0] if id_ in values}
         outputs = tuple(values[id_] for id_ in writes if id_ in values)
-        units.append(_Unit(tuple(sorted(needed)), exact, downstream, outputs))
+        opt_in = next((kind for i in needed if (kind := version["steps"][i].get("opt_in"))), None)
+        units.append(_Unit(tuple(sorted(needed)), exact, downstream, tuple(sorted(inputs)), outputs, opt_in))
         for id_ in writes:
             maker[place[id_]] = index
             (inexact.add if downstream else inexact.discard)(place[id_])

@@ -20,12 +20,14 @@ class Difference:
     mismatches: elements that differ in value (NaN equals NaN; −0 equals 0). In packed tensors these are sign flips.
     max_abs: the largest |device − eager|; infinite where one is finite and the other is not.
     max_rel: the largest |device − eager| over the largest finite |eager| of the same tensor.
+    sum_abs: of |device − eager|.
     """
 
     elements: int = 0
     mismatches: int = 0
     max_abs: float = 0.0
     max_rel: float = 0.0
+    sum_abs: float = 0.0
 
     @classmethod
     def between(cls, device: np.ndarray, eager: np.ndarray) -> Difference:
@@ -37,10 +39,11 @@ class Difference:
         a, b = device[differs].astype(np.float64), eager[differs].astype(np.float64)
         with np.errstate(invalid="ignore"):
             gaps = np.abs(a - b)
-        largest = float(np.where(np.isfinite(gaps), gaps, np.inf).max())
+        gaps = np.where(np.isfinite(gaps), gaps, np.inf)
+        largest = float(gaps.max())
         magnitudes = np.abs(eager[np.isfinite(eager)])
         scale = float(magnitudes.max()) if magnitudes.size else 0.0
-        return cls(eager.size, count, largest, largest / scale if scale else float("inf"))
+        return cls(eager.size, count, largest, largest / scale if scale else float("inf"), float(gaps.sum()))
 
     def merge(self, other: Difference) -> None:
         """Adds the counts of another comparison."""
@@ -48,6 +51,11 @@ class Difference:
         self.mismatches += other.mismatches
         self.max_abs = max(self.max_abs, other.max_abs)
         self.max_rel = max(self.max_rel, other.max_rel)
+        self.sum_abs += other.sum_abs
+
+    @property
+    def mean_abs(self) -> float:
+        return self.sum_abs / self.elements if self.elements else 0.0
 
     @property
     def share(self) -> float:
@@ -62,7 +70,10 @@ class StepParity:
     step: for quantized values the distance of two neighbours; the mismatches of an inexact step are then values that
         were rounded to the other side.
     downstream: some step before it, or itself, is inexact, so that in the whole run it may see other inputs than eager.
+    opt_in: "int8" for a layer that is quantized because its user said so; `isolated` is then measured against the model
+        with such layers quantized, and `cost` against eager.
     isolated: outputs when fed with eager's own inputs. whole: outputs in the whole run.
+    low, high: the range of eager's values there and 0, for an opt-in.
     """
 
     index: int
@@ -72,8 +83,25 @@ class StepParity:
     packed: bool
     downstream: bool
     step: float | None = None
+    opt_in: str | None = None
     isolated: Difference = field(default_factory=Difference)
     whole: Difference = field(default_factory=Difference)
+    cost: Difference = field(default_factory=Difference)
+    low: float = 0.0
+    high: float = 0.0
+
+    def see(self, values: np.ndarray) -> None:
+        """Widens the range of eager's values."""
+        self.low, self.high = min(self.low, float(values.min())), max(self.high, float(values.max()))
+
+    @property
+    def steps_off(self) -> tuple[float, float] | None:
+        """How far an opt-in is from eager when fed with its inputs, at most and on average, in steps: the value's own
+        where it is quantized, else 1/255 of eager's range. None for others, and where the value is bits."""
+        unit = self.step or (self.high - self.low) / 255
+        if self.opt_in is None or self.packed or not unit:
+            return None
+        return self.cost.max_abs / unit, self.cost.mean_abs / unit
 
     @property
     def name(self) -> str:
@@ -100,6 +128,7 @@ class ParityReport:
     outputs: every output of every sample. traced: samples that were also checked step by step, of `samples`.
     top1_agreement, accuracy, eager_accuracy: shares in 0…1, or None without class scores or labels.
     problems: one line for each reason why the artifact is wrong; `ok` says that there are none.
+    quantized_layers: module paths of those that their user opted in to quantize.
     """
 
     model: str
@@ -114,6 +143,7 @@ class ParityReport:
     eager_accuracy: float | None = None
     tolerance: float = 0.0
     problems: list[str] = field(default_factory=list)
+    quantized_layers: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -142,7 +172,7 @@ class ParityReport:
     @property
     def inexact_layers(self) -> list[str]:
         """The layers that may differ in the last bits because they sum floats in another order than eager."""
-        return list(dict.fromkeys(step.name for step in self.steps if not step.exact))
+        return list(dict.fromkeys(step.name for step in self.steps if not step.exact and not step.opt_in))
 
     def summary(self) -> list[str]:
         """The findings, one line each."""
@@ -168,9 +198,33 @@ class ParityReport:
             lines.append(f"top-1 agreement: {_percent(self.top1_agreement)}")
         if self.accuracy is not None and self.eager_accuracy is not None:
             lines.append(f"accuracy: {_percent(self.accuracy)} (eager {_percent(self.eager_accuracy)})")
+        lines += self._opt_in()
         if self.inexact_layers:
             lines.append(f"inexact by float summation order: {', '.join(self.inexact_layers)}")
         return lines
+
+    def _opt_in(self) -> list[str]:
+        """What an opt-in is and what it costs. Without it, every figure here would be eager's but for rounding."""
+        if not self.quantized_layers:
+            return []
+        rows = [step for step in self.steps if step.opt_in]
+        flips = self.sign_flips
+        cost = [f"{_percent(flips.share)} of the signs flipped"] if flips.elements else []
+        if self.top1_agreement is not None:
+            cost.append(f"top-1 agreement {_percent(self.top1_agreement)}")
+        if self.accuracy is not None and self.eager_accuracy is not None:
+            cost.append(f"accuracy {_percent(self.accuracy)} instead of {_percent(self.eager_accuracy)}")
+        if off := {self.layer(step): step.steps_off for step in rows if step.steps_off}:
+            worst = max(off, key=lambda name: off[name][0])
+            cost.append(
+                f"a layer alone is off by at most {off[worst][0]:.2g} steps of 1/255 ({worst}), on average by "
+                f"{max(mean for _, mean in off.values()):.2g}"
+            )
+        return [f"{rows[0].opt_in} by opt-in: {', '.join(self.quantized_layers)}", f"cost of that: {'; '.join(cost)}"]
+
+    def layer(self, step: StepParity) -> str:
+        """Which of the quantized layers a step computes."""
+        return next((path for path in step.layers if path in self.quantized_layers), step.name)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain values; infinite differences are the string "inf", so that the result is strict JSON."""
@@ -182,6 +236,11 @@ class ParityReport:
                 "sign_flips": {"bits": flips.elements, "flips": flips.mismatches, "first_layer": self.first_flip},
                 "quantized": {"values": self.quantized.elements, "differ": self.quantized.mismatches},
                 "inexact_layers": self.inexact_layers,
+                "cost": {
+                    self.layer(step): dict(zip(("max_steps", "mean_steps"), step.steps_off, strict=True))
+                    for step in self.steps
+                    if step.steps_off
+                },
             }
         )
 
@@ -201,11 +260,14 @@ class ParityReport:
         from rich.table import Table
 
         table = Table(title=self._title())
-        for heading in _COLUMNS:
+        for heading in self._columns():
             table.add_column(heading, justify="left" if heading in ("layer", "step") else "right")
         for cells, bad in self._rows():
             table.add_row(*cells, style="red" if bad else None)
         return table
+
+    def _columns(self) -> list[str]:
+        return [*_COLUMNS, *([_COST] if self.quantized_layers else [])]
 
     def _title(self) -> str:
         return f"{self.model} for {self.target} on {self.device}: {'ok' if self.ok else 'NOT EQUAL'}"
@@ -217,13 +279,15 @@ class ParityReport:
             cells = [
                 step.name,
                 step.op,
-                "exact" if step.exact else "float sum",
+                "exact" if step.exact else f"{step.opt_in} (opt-in)" if step.opt_in else "float sum",
                 f"{isolated.mismatches}/{isolated.elements:,}",
                 f"{isolated.max_abs:.2g}",
                 f"{whole.mismatches}/{whole.elements:,}" if step.packed else "",
                 "" if step.packed else f"{whole.max_abs:.2g}",
                 "" if step.packed else f"{whole.max_rel:.2g}",
+                "{:.2g} / {:.2g}".format(*step.steps_off) if step.steps_off else "",
             ]
+            cells = cells if self.quantized_layers else cells[:-1]
             rows.append((cells, not step.ok(self.tolerance)))
         return rows
 
@@ -236,12 +300,13 @@ class ParityReport:
             ok=self.ok,
             lines=self.summary(),
             problems=self.problems,
-            columns=_COLUMNS,
+            columns=self._columns(),
             rows=self._rows(),
         )
 
 
 _COLUMNS = ["layer", "step", "kind", "wrong alone", "max abs", "flips in whole run", "max abs", "max rel"]
+_COST = "off eager, steps: max / mean"
 
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{{ title }}</title>

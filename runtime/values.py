@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bnncc.runtime.bits import BitLayout, ByteLayout
+from bnncc.runtime.bits import BitLayout, ByteLayout, Levels
 from bnncc.runtime.errors import BnnccError
 from bnncc.runtime.manifest import TensorEntry
 
@@ -85,7 +85,7 @@ class StoredValue:
             )
         plain = plain.reshape(self.value_shape)
         if self.levels is not None:
-            plain = np.searchsorted((self.levels[1:] + self.levels[:-1]) / 2, plain)
+            plain = Levels(self.levels).of(plain)
         if self.layout is None:
             return np.ascontiguousarray(plain, self.dtype)
         top, left, bottom, right = self.padding

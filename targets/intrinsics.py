@@ -30,12 +30,15 @@ class Dot:
 
     add: (lanes, sums, word of x as int32, weights) → the new sums. weights: registers that a vector of weights takes.
     temporaries: registers for products and for the words, of which LLVM loads some ahead.
+    speed: products of bytes in the time of one of floats, over whole convolutions: measured on x86, counted by
+        `benchmarks.arm_model` on ARM.
     """
 
     x_dtype: str
     weights: int
     temporaries: int
     add: Callable[[int, Any, Any, Any], Any]
+    speed: float = 1.5
 
 
 def use_dot(sch: Schedule, update: SBlockRV, lanes_loop: LoopRV, dot: Dot) -> None:
@@ -126,9 +129,9 @@ def _products(word: Any, weights: Any) -> list[Any]:
 
 #: By the name that `TargetSpec.dot` gives.
 DOTS = {
-    "vnni": Dot("uint8", 1, 1, _vnni),
-    "maddwd": Dot("uint8", 2, 5, _maddwd),
-    "sdot": Dot("int8", 1, 6, _sdot),
-    "smull": Dot("int8", 2, 10, _smull),
+    "vnni": Dot("uint8", 1, 1, _vnni, speed=3.3),
+    "maddwd": Dot("uint8", 2, 5, _maddwd, speed=1.3),
+    "sdot": Dot("int8", 1, 6, _sdot, speed=4.0),
+    "smull": Dot("int8", 2, 10, _smull, speed=1.6),
     "smull wide": Dot("int8", 2, 10, _smull_wide),
 }

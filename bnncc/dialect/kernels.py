@@ -17,7 +17,7 @@ from tvm_ffi import structural_equal
 from bnncc.dialect import computes, computes_bytes, computes_float, computes_images, computes_planes, functions
 from bnncc.dialect.computes_float import clip_value, fma, relu_value, rounded
 from bnncc.dialect.ops import attributes, dtype_of, op_name, shape_of
-from bnncc.runtime.bits import BitLayout, ByteLayout
+from bnncc.runtime.bits import BitLayout, ByteLayout, Levels
 
 Lowered = Callable[[Sequence[Any], dict[str, Any], relax.Call], te.Tensor]
 
@@ -117,6 +117,7 @@ _ATTRIBUTED: dict[str, Callable[[relax.Call], Callable[..., Any]]] = {
     "astype": lambda c: lambda a: tirx.Cast(dtype_of(c), a),
     "nn.leakyrelu": lambda c: _leaky_relu(attributes(c)["alpha"]),
     "bnncc.sign": lambda c: lambda a: computes_float.sign_value(a, attributes(c)["predicate"]),
+    "bnncc.quantize": lambda c: _quantize(_scalar(c.args[1]), attributes(c)["first"], attributes(c)["most"]),
 }
 
 # How many of the arguments are operands, where the rest are attributes.
@@ -161,6 +162,17 @@ def _clip(low: float, high: float) -> Callable[[Any], Any]:
 
 def _leaky_relu(slope: float) -> Callable[[Any], Any]:
     return lambda a: _select(a > _f32(0.0), a, rounded(a * _f32(slope)))
+
+
+def _quantize(scale: float, first: int, most: int) -> Callable[[Any], Any]:
+    levels = Levels.affine(scale, first, most)
+    lowest, inverse = _f32(float(levels.lowest)), _f32(float(levels.inverse))
+
+    def nearest(a: Any) -> Any:
+        level = tirx.min(tirx.max(tirx.nearbyint((a - lowest) * inverse), _f32(0.0)), _f32(float(most)))
+        return rounded((level + _f32(float(first))) * _f32(scale))
+
+    return nearest
 
 
 def _scalar(expr: Any) -> float:

@@ -19,6 +19,8 @@ Semantic operators still speak of ±1 floats in the model's own shapes; the fusi
     threshold(acc, t)                                    +1 where acc ≥ t[channel], else −1
     lookup(acc, table) {lowest, step}                    +1 where table[channel, (acc − lowest) / step], else −1
     rescale(acc, alpha)                                  acc · alpha, where eager rounds in another order: never exact
+    quantize(x, scale) {first, most}                     the nearest of ``scale · (first + level)``, level 0 … most, in
+                                                         the arithmetic of `bnncc.runtime.bits.Levels`
 
 Packed operators are what kernels compute. Activations are NHWC, packed tensors words (see `bnncc.runtime.bits`):
 
@@ -239,6 +241,7 @@ _INFER: dict[str, Callable[[relax.Call, Any], Any]] = {
     "threshold": _same,
     "lookup": _same,
     "rescale": _same,
+    "quantize": _same,
     "copy": _same,
     "add_bias": _same,
     "scale_shift": _same,

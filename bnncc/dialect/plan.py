@@ -48,7 +48,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """One kernel call. `args` are tensor ids in the kernel's parameter order, the `outputs` last of them written."""
+    """One kernel call. `args` are tensor ids in the kernel's parameter order, the `outputs` last of them written.
+
+    opt_in: "int8" where it computes a layer that its user opted in to quantize; None: as the model says.
+    """
 
     kernel: str
     op: str
@@ -56,6 +59,7 @@ class Step:
     outputs: int
     layers: tuple[str, ...]
     exact: bool
+    opt_in: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,20 @@ class Layer:
     weight_bits: int
     macs: int
     weight_bytes: int
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A float layer that computes with 8-bit integers because its user opted in.
+
+    layer: variable of its sum, before a bias. path: of its module. low, high: the range that its input is rounded in;
+    None where its input is quantized by the model.
+    """
+
+    layer: str
+    path: str
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)

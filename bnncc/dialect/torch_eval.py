@@ -16,6 +16,8 @@ import tvm
 from tvm import relax
 from tvm.ir import GenericConst
 
+from bnncc.runtime.bits import Levels
+
 Argument = Any
 """A torch.Tensor, a Python number, a tuple of ints (shapes) or a tuple of tensors (operands of a concatenation)."""
 
@@ -91,16 +93,42 @@ def evaluate_call(call: relax.Call, values: Mapping[relax.Var, Any] | None = Non
 
 def evaluate_function(function: relax.Function, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Run a Relax function whose every operator is in the table: the meaning of the graph, in PyTorch's arithmetic."""
-    values: dict[relax.Var, Any] = dict(zip(function.params, inputs, strict=True))
-    for block in function.body.blocks:
-        for binding in block.bindings:
-            expression = binding.value
-            if isinstance(expression, relax.Call):
-                values[binding.var] = evaluate_call(expression, values)
-            else:
-                values[binding.var] = _argument(expression, values)
-    result = _argument(function.body.body, values)
+    result = _argument(function.body.body, evaluate_from(function, dict(zip(function.params, inputs, strict=True))))
     return result if isinstance(result, tuple) else (result,)
+
+
+def evaluate_from(
+    function: relax.Function, known: Mapping[relax.Var, Any], wanted: Sequence[relax.Var] | None = None
+) -> dict[relax.Var, Any]:
+    """The values of variables of a function, from those of others: at least of `wanted`, or of all that there are.
+
+    Nothing is computed that `known` gives, or that only its definition reads. Raises KeyError where neither the known
+    values nor constants lead to a wanted one, and for operators outside the table.
+    """
+    bindings = [binding for block in function.body.blocks for binding in block.bindings]
+    needed = None if wanted is None else set(wanted) - known.keys()
+    if needed is not None:
+        for binding in reversed(bindings):
+            if binding.var in needed:
+                needed.update(var for var in _reads(binding.value) if var not in known)
+    values = dict(known)
+    for binding in bindings:
+        if binding.var not in values and (needed is None or binding.var in needed):
+            value = binding.value
+            values[binding.var] = (
+                evaluate_call(value, values) if isinstance(value, relax.Call) else _argument(value, values)
+            )
+    return values
+
+
+def _reads(expression: Any) -> list[relax.Var]:
+    """The variables that an expression in A-normal form reads."""
+    if isinstance(expression, relax.Var):
+        return [expression]
+    if isinstance(expression, relax.TupleGetItem):
+        return _reads(expression.tuple_value)
+    parts = getattr(expression, "args", getattr(expression, "fields", ()))
+    return [var for part in parts for var in _reads(part)]
 
 
 def _argument(expression: Any, values: Mapping[relax.Var, Any]) -> Argument:
@@ -215,6 +243,13 @@ _TABLE["relax.clip"] = torch.clamp
 
 
 _TABLE["relax.bnncc.add_bias"] = torch.add
+
+
+@_defines("bnncc.quantize", "first", "most")
+def _quantize(x: torch.Tensor, scale: torch.Tensor, first: int, most: int) -> torch.Tensor:
+    levels = Levels.affine(float(scale), first, most)
+    steps = ((x - float(levels.lowest)) * float(levels.inverse)).round().clamp(0, most).nan_to_num(0)
+    return torch.from_numpy(levels.values)[steps.long()]
 
 
 @_defines("bnncc.scale_shift", "axis")

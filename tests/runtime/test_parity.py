@@ -259,6 +259,71 @@ def test_outputs_that_differ_without_a_flip_are_a_problem():
     assert len(report.problems) == 1 and report.problems[0].startswith("outputs: wrong by")
 
 
+# A layer that its user opted in to quantize: the head, with weights of a few bits.
+HEAD_INT8 = (np.round(HEAD * 8) / 8).astype(np.float32)
+
+
+class QuantizedHead(FakeDevice):
+    def __init__(self, **faults):
+        super().__init__(**faults)
+        self.version["steps"][-1] |= {"exact": False, "opt_in": "int8"}
+        self.manifest |= {"float_layers": "int8", "quantized": [{"layer": "head", "path": "head", "low": 0, "high": 9}]}
+
+    def run_steps(self, first, count):
+        super().run_steps(first, count)
+        if first + count == len(STEPS):
+            result = (self.read(IDS["pool"]) @ HEAD_INT8).astype(np.float32)
+            if "head" in self.faults:
+                self.faults["head"](result)
+            self.write(IDS["head"], result)
+
+
+class Intended(Eager):
+    def values(self, known, nodes):
+        values = dict(known) if "pool" in known else super().values([known["x"]])
+        values["head"] = values["pool"] @ HEAD_INT8
+        return {node: values[node] for node in nodes}
+
+    def outputs(self, inputs):
+        return [self.values({"x": inputs[0]}, {"head"})["head"]]
+
+
+def test_an_opt_in_is_held_to_what_it_says_and_its_distance_from_eager_is_reported():
+    report = check(QuantizedHead(), intended=Intended())
+    assert report.problems == []
+    assert report.inexact_layers == ["stem"] and report.quantized_layers == ["head"]
+    head = row(report, "head")
+    pool = Eager().values([samples()])["pool"]
+    expected = np.abs(pool @ HEAD_INT8 - pool @ HEAD)[:4]  # four samples are looked at step by step
+    unit = (head.high - head.low) / 255
+    assert head.isolated.max_rel < 1e-6 < head.cost.max_rel
+    assert head.steps_off == pytest.approx((expected.max() / unit, expected.mean() / unit), rel=1e-4)
+    assert [step.name for step in report.steps if step.steps_off] == ["head"]
+    text = "\n".join(report.summary())
+    assert "int8 by opt-in: head" in text and "a layer alone is off by at most" in text
+    assert report.to_json()["cost"]["head"]["max_steps"] == head.steps_off[0]
+
+
+def test_an_opt_in_excuses_nothing_else():
+    report = check(QuantizedHead(head=slightly), intended=Intended())
+    assert [problem.split(":")[0] for problem in report.problems] == ["head (dense)"]
+    report = check(QuantizedHead(pack=flip_bit), [samples(4)], intended=Intended())
+    assert report.problems[0].startswith("block.0 (pack): 4 of 512 bits wrong")
+    head = report.steps[-1]
+    assert head.ok(report.tolerance)
+
+    class OtherRun(QuantizedHead):
+        def run(self, inputs):
+            return [super().run(inputs)[0] + 1]
+
+    assert check(OtherRun(), intended=Intended()).problems[0].startswith("outputs: wrong by")
+
+
+def test_an_opt_in_needs_to_know_what_is_intended():
+    with pytest.raises(BnnccError, match="the artifact has quantized layers"):
+        check(QuantizedHead())
+
+
 def test_nan_equals_nan_and_nothing_else():
     difference = Difference.between(np.array([np.nan, np.nan, 1.0]), np.array([np.nan, 2.0, 1.0]))
     assert (difference.mismatches, difference.max_abs) == (1, float("inf"))
