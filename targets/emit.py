@@ -15,6 +15,7 @@ from tvm import s_tir, tirx
 from tvm.target import Target
 
 from .descriptor import TargetSpec
+from .lowering import PIPELINE
 from .rules import rules_for
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def build(mod: tvm.IRModule, target: TargetSpec) -> tvm.runtime.Executable:
     scheduled = schedule(mod, target)
     machine = Target(target.tvm())
     with machine, tvm.transform.PassContext(config=_CONFIG):  # operators with lowerings of their own ask for the target
-        return tvm.compile(scheduled, target=machine)
+        # On ARM, LLVM copies registers in the unrolled steps of binary convolutions when their sums are on the stack.
+        return tvm.compile(scheduled, target=machine, tir_pipeline=PIPELINE if target.arch == "x86_64" else "default")
 
 
 _CONFIG = {"s_tir.LoopPartition": {"partition_const_loop": True}}
