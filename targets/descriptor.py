@@ -45,6 +45,7 @@ class TargetSpec:
     vector_bits, registers: of the vector unit that schedules fill.
     word_bits: word that binary kernels read, and to a multiple of which a group's channels are padded.
     max_lanes: bound of the lanes of a `BitLayout`.
+    masks: comparisons of vectors give masks of bits, which are packed channels if those lie in order (`max_lanes` 1).
     lane_bytes: bytes of the reduction that a binary product keeps in the lanes of a vector; 0: there lie channels.
     float_lanes: float32 values in a vector.
     popcount: how a binary product counts, see `bnncc.targets.rules.binary_conv`:
@@ -71,6 +72,7 @@ class TargetSpec:
     dot: str
     most_plane_pairs: int
     max_lanes: int = 16
+    masks: bool = False
     lane_bytes: int = 0
     llvm_level: int = 3
     llvm_features: tuple[str, ...] = ()
@@ -165,6 +167,8 @@ def _x86(name: str, cpu: str, features: tuple[str, ...], description: str) -> Ta
         popcount="vector" if counts else "table" if "avx2" in features else "scalar",
         dot="vnni" if wide and "avx512_vnni" in features else "maddwd",
         most_plane_pairs=4,
+        max_lanes=1 if wide else 16,
+        masks=wide,
         # LLVM halves its vectors on some processors although full ones serve these kernels better.
         llvm_features=("-prefer-256-bit",) if wide else (),
         description=description,

@@ -11,7 +11,7 @@ then "smull wide" serves.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +57,47 @@ def use_dot(sch: Schedule, update: SBlockRV, lanes_loop: LoopRV, dot: Dot) -> No
     replace_body(sch, update, block, tirx.BufferStore(sums.source, value, _ramp(sums, lanes)))
 
 
-def replace_body(sch: Schedule, update: SBlockRV, block: s_tir.SBlock, body: Any) -> None:
+def use_mask(sch: Schedule, update: SBlockRV, blocks: SBlockRV) -> None:
+    """Replaces the body of `blocks`, a loop over the bits of some bytes around `update`, by one comparison of vectors.
+
+    update: ``bytes[…] += bit``, where bit is not 0 if it is set.
+    """
+    block = sch.get(blocks)
+    (sums,) = block.writes
+    loop, realize = block.body, block.body.body
+    inner = realize.block
+    count = int(loop.extent)
+    flags = tirx.decl_buffer((count,), "bool", "flags", scope="local")
+    *byte, v = (iv.var for iv in inner.iter_vars)
+    at = byte[0] * 8 + v if byte else v
+    flag = tirx.BufferStore(flags, _added(inner.body.value) != 0, [at])
+    bit = s_tir.SBlock(inner.iter_vars, [r for r in inner.reads if not r.source.same_as(sums.source)], [], "bit", flag)
+    comparison = tirx.For(
+        loop.loop_var, 0, count, tirx.ForKind.VECTORIZED, s_tir.SBlockRealize(realize.iter_values, True, bit)
+    )
+    # TVM's types say that a mask of 16 bools and two bytes differ in size; to LLVM they do not.
+    lanes = f"x{count // 8}" if count > 8 else ""
+    packed = tirx.call_intrin(f"uint8{lanes}", "tirx.reinterpret", tirx.BufferLoad(flags, [tirx.Ramp(0, 1, count)]))
+    where = _ramp(sums, count // 8) if lanes else [r.min for r in sums.region]
+    store = tirx.BufferStore(sums.source, tirx.Cast(f"{sums.source.dtype}{lanes}", packed), where)
+    replace_body(sch, update, block, tirx.SeqStmt([comparison, store]), [flags])
+
+
+def _added(value: Any) -> Any:
+    """What ``sum + a + b …`` adds to the sum."""
+    return _added(value.a) + value.b if isinstance(value.a, tirx.Add) else value.b
+
+
+def replace_body(sch: Schedule, update: SBlockRV, block: s_tir.SBlock, body: Any, buffers: Sequence[Any] = ()) -> None:
     """Gives `block`, blockized around `update`, another body; from then on it is what `update` names."""
     fast = s_tir.SBlock(
-        block.iter_vars, block.reads, block.writes, block.name_hint, body, annotations=block.annotations
+        block.iter_vars,
+        block.reads,
+        block.writes,
+        block.name_hint,
+        body,
+        alloc_buffers=list(buffers),
+        annotations=block.annotations,
     )
     sch.state.replace(sch.state.get_sref(block), fast, {sch.get(update): fast})
 

@@ -13,7 +13,7 @@ from typing import Any
 from tvm import te, tirx
 
 from .computes_pack import constant_byte, lookup_pack, max_pool2d_bits, pack, pad_bits, threshold_pack
-from .stages import ROLE, STEPS, extents, staged, window
+from .stages import DEPTH, ROLE, STEPS, extents, staged, window
 
 __all__ = [
     "binary_conv2d", "constant_byte", "extents", "lookup_pack", "max_pool2d_bits", "pack", "pad_bits",
@@ -96,22 +96,27 @@ def _dots(
 ) -> te.Tensor:
     """int32 [N, OH, OW, out_channels] of counts [N, OH, OW, G, OB, OL]: the depth less twice the mismatches; without a
     depth, the counts as they are."""
-    batch, oh, ow = extents(counts)[:3]
+    shape = (*extents(counts)[:3], out_channels)
     group_out = out_channels // groups
 
-    def dot(n: Any, y: Any, x_: Any, o: Any) -> Any:
+    def narrow(n: Any, y: Any, x_: Any, o: Any) -> Any:
         g, within = (0, o) if groups == 1 else (tirx.floordiv(o, group_out), tirx.floormod(o, group_out))
         b, lane = (0, within) if blocks == 1 else (tirx.floordiv(within, lanes), tirx.floormod(within, lanes))
-        narrow = counts(n, y, x_, g, b, lane)
-        if str(counts.dtype) == "uint16" and depth is not None and n_eff is None and depth < 1 << 15:
-            short = tirx.Cast("int16", narrow)  # twice as many lanes to a vector
-            return tirx.Cast("int32", tirx.const(depth, "int16") - short * tirx.const(2, "int16"))
-        count = _as("int32", narrow)
-        if depth is None:
-            return count
-        return (n_eff(o) if n_eff is not None else tirx.const(depth, "int32")) - count * 2
+        return counts(n, y, x_, g, b, lane)
 
-    return te.compute((batch, oh, ow, out_channels), dot, name="dot")
+    if str(counts.dtype) == "uint16" and depth is not None and n_eff is None and depth < 1 << 15:
+
+        def short(*at: Any) -> Any:
+            count = tirx.Cast("int16", narrow(*at))  # twice as many lanes to a vector
+            return tirx.Cast("int32", tirx.const(depth, "int16") - count * tirx.const(2, "int16"))
+
+        return te.compute(shape, short, name="dot")
+    mismatches = te.compute(shape, lambda *at: _as("int32", narrow(*at)), name="mismatches")
+    if depth is None:
+        return mismatches
+    if n_eff is not None:
+        return te.compute(shape, lambda *at: n_eff(at[-1]) - mismatches(*at) * 2, name="dot")
+    return te.compute(shape, lambda *at: depth - mismatches(*at) * 2, name="dot", attrs={DEPTH: depth})
 
 
 def _lane_counts(

@@ -16,7 +16,7 @@ from tvm import te, tirx
 from . import functions
 from .computes_pool import avg_pool2d, max_pool2d, mean, softmax
 from .scalars import clip_value, f32, fma, prelu_value, relu_value, rounded, sign_value, unless_nan
-from .stages import Padding, extents, staged, window
+from .stages import Padding, extents, mismatches_of, staged, window
 
 __all__ = [
     "add", "avg_pool2d", "broadcast", "clip", "clip_value", "conv2d", "dense", "depthwise_conv2d", "divide",
@@ -59,6 +59,12 @@ def elementwise(f: Callable[..., Any], *tensors: te.Tensor, axis: int = -1, name
 
 def to_float(x: te.Tensor) -> te.Tensor:
     """int32 accumulators as float32: exact below 2²⁴."""
+    product = mismatches_of(x)
+    if product is not None and 2 * product[1] < 1 << 24:
+        mismatches, depth = product  # exact in every step, and one of them less
+        return te.compute(
+            x.shape, lambda *at: f32(depth) - tirx.Cast("float32", mismatches(*at)) * f32(2), name="to_float"
+        )
     return te.compute(x.shape, lambda *at: tirx.Cast("float32", x(*at)), name="to_float")
 
 

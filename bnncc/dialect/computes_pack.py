@@ -13,7 +13,7 @@ from tvm import te, tirx
 
 from bnncc.runtime.bits import BitLayout
 
-from .stages import COMPARE, LANES, ROLE, Padding, extents, nearest, staged, window
+from .stages import COMPARE, LANES, ROLE, Padding, extents, mismatches_of, nearest, staged, window
 
 #: Pixels of an NCHW image that are packed beside each other.
 _PLANAR_LANES = 16
@@ -166,10 +166,19 @@ def pad_bits(x: te.Tensor, layout: BitLayout, padding: Padding, pad_bit: int) ->
 
 def threshold_pack(acc: te.Tensor, t: te.Tensor, layout: BitLayout) -> te.Tensor:
     """Packs int32 accumulators [N, H, W, O] into bytes [N, H, W, bytes]: bit = ``acc >= t[channel]``, t int32 [O]."""
+    product = mismatches_of(acc)
+
+    def reached(n: Any, y: Any, x: Any, channel: Any) -> Any:
+        if product is None:
+            return acc(n, y, x, channel) >= t(channel)
+        mismatches, depth = product
+        # depth − 2·m >= t with no arithmetic for every pixel. Thresholds out of reach come closer, lest they overflow.
+        within = tirx.min(tirx.max(t(channel), -depth), depth + 2)
+        return mismatches(n, y, x, channel) <= (depth - within) >> 1
 
     def bits(n: Any, y: Any, x: Any, byte: Any, v: Any) -> Any:
         channel, inside = _channel(layout, byte, v)
-        return _bit(acc(n, y, x, channel) >= t(channel), inside, v)
+        return _bit(reached(n, y, x, channel), inside, v)
 
     return _packed(bits, (*extents(acc)[:3], layout.bytes), layout)
 

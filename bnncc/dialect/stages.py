@@ -39,6 +39,8 @@ ROLE = "bnncc.role"
 LANES = "bnncc.lanes"
 #: Key of the annotation of "binary_conv2d.lane_total" that says how many popcounts of a byte each lane has summed.
 STEPS = "bnncc.steps"
+#: Key of the annotation of a stage ``depth − 2 · mismatches``: its depth. A reader may take the mismatches instead.
+DEPTH = "bnncc.depth"
 #: Key of the annotation of "byte_conv2d" that says whether two products may need more than 16 bits.
 WIDE = "bnncc.wide"
 
@@ -68,6 +70,12 @@ def extents(tensor: te.Tensor) -> tuple[int, ...]:
 
 def window(size: int, kernel: int, stride: int, dilation: int) -> int:
     return (size - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def mismatches_of(x: te.Tensor) -> tuple[te.Tensor, int] | None:
+    """The mismatches and the depth where `x` is ``depth − 2 · mismatches``, both int32."""
+    attrs = x.op.attrs
+    return (x.op.input_tensors[0], int(attrs[DEPTH])) if attrs and DEPTH in attrs else None
 
 
 def nearest(index: Any, size: int, before: int, after: int) -> Any:

@@ -60,7 +60,7 @@ class LaneConv(TiledAnchor):
         summed = int(sch.get(total).iter_vars[-1].dom.extent)
         shape = anchor_shape(stages, total, main, anchor)
         shape = replace(shape, steps=shape.steps // summed)
-        fused = fused_pack(stages, main, shape)
+        fused = fused_pack(stages, main, shape, self.target)
         nest = _LaneNest(self, stages, shape, main, fused, total, lanes // summed)
         at = nest.run()
         chunks, lanes_loop = _sum_lanes(sch, total, at, lanes // summed)

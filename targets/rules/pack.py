@@ -1,7 +1,8 @@
 """Packing without horizontal operations.
 
 Channel ``block·8L + v·L + l`` is bit v of byte ``block·L + l``, so eight vectors of comparisons become one vector of
-bytes: ``acc[l] |= x[v·L + l] >= t ? 1 << v : 0`` over v, then one narrowing store.
+bytes: ``acc[l] |= x[v·L + l] >= t ? 1 << v : 0`` over v, then one narrowing store. Where comparisons give masks of bits
+(AVX-512) L is 1, so that channels lie in their order, and a comparison of 16 values and a store of its mask is all.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from tvm.s_tir.schedule import SBlockRV
 
 from bnncc.dialect.stages import LANES
 from bnncc.targets.descriptor import TargetSpec
+from bnncc.targets.intrinsics import use_mask
 
 from .base import Stages, iterations, parallel_outer, unroll
 
@@ -18,6 +20,11 @@ from .base import Stages, iterations, parallel_outer, unroll
 def block_lanes(sch: Schedule, bits: SBlockRV) -> int:
     """Bytes of one block of the layout that a "pack.bits" stage packs to."""
     return int(sch.get(bits).annotations[LANES])
+
+
+def in_order(sch: Schedule, bits: SBlockRV, target: TargetSpec) -> bool:
+    """Whether a "pack.bits" stage packs channels in their order, on a target that has masks for that."""
+    return target.masks and block_lanes(sch, bits) == 1
 
 
 def schedule_bits(sch: Schedule, bits: SBlockRV, pack: SBlockRV) -> None:
@@ -36,6 +43,30 @@ def schedule_bits(sch: Schedule, bits: SBlockRV, pack: SBlockRV) -> None:
     sch.set_scope(bits, 0, "local")
 
 
+class Masks:
+    """The same where a comparison of `lanes` values, 8 or 16, gives a mask of as many bits: the packed channels.
+
+    blocks: the bits of one such mask as one block. Where it goes is scheduled in between; `finish` comes last, because
+    TVM forgets then who reads the block.
+    """
+
+    def __init__(self, sch: Schedule, bits: SBlockRV, lanes: int = 16) -> None:
+        self.sch, self.bits, self.bytes = sch, bits, lanes // 8
+        *_, byte, v = sch.get_loops(bits)
+        _, within = sch.split(byte, [None, self.bytes])
+        self.blocks = sch.blockize(sch.fuse(within, v))
+        sch.set_scope(self.blocks, 0, "local")
+
+    def place(self, pack: SBlockRV) -> None:
+        """Computes the blocks in the innermost loop of `pack`."""
+        block, lane = self.sch.split(self.sch.get_loops(pack)[-1], [None, self.bytes])
+        self.sch.vectorize(lane)
+        self.sch.compute_at(self.blocks, block, preserve_unit_loops=True)
+
+    def finish(self) -> None:
+        use_mask(self.sch, self.bits, self.blocks)
+
+
 def schedule_pack(stages: Stages, bits: SBlockRV, target: TargetSpec, *, written_out: bool = False) -> set[str]:
     """Schedules one packing whose input lies in memory, with its padding; returns the names of the stages it took.
 
@@ -43,12 +74,18 @@ def schedule_pack(stages: Stages, bits: SBlockRV, target: TargetSpec, *, written
     """
     sch = stages.sch
     last, names = _with_padding(stages, bits)
+    masks = Masks(sch, bits) if in_order(sch, bits, target) else None
     parallel_outer(sch, sch.get_loops(last)[:2], iterations(sch, bits) / target.float_lanes)
     if len(sch.get(last).iter_vars) == 5:  # ternary: [N, H, W, 2, bytes]
         unroll(sch, sch.get_loops(last)[-2])
-    schedule_bits(sch, bits, last)
+    if masks:
+        masks.place(last)
+    else:
+        schedule_bits(sch, bits, last)
     if written_out:
         unroll(sch, sch.get_loops(last)[-2])
+    if masks:
+        masks.finish()
     return names
 
 

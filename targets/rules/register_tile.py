@@ -28,7 +28,7 @@ from bnncc.targets.intrinsics import MIN_LANES, Dot, use_dot
 
 from .base import REDUCED, SPATIAL, Rule, Stages, dtype_bits, extent, last_common, parallel_outer, partition, unroll
 from .nests import schedule_rest
-from .pack import block_lanes, schedule_bits
+from .pack import Masks, block_lanes, in_order, schedule_bits
 
 #: Bytes of weights up to which the loop over output channels runs inside that over pixels (half of a small L1 cache).
 _CACHED_WEIGHTS = 16 << 10
@@ -157,12 +157,14 @@ class TiledAnchor(Rule):
             return "the outputs share no elementwise stage after the anchor"
         stages.inline(main)
         shape = anchor_shape(stages, last, main, anchors[0])
-        fused = fused_pack(stages, main, shape)
+        fused = fused_pack(stages, main, shape, self.target)
         nest = TileNest(self, stages, shape, main, fused, last)
         parts = accumulate(sch, last, nest.run(), scalar=self.scalar, dot=self.dot(sch.get(last)))
         if totals:
             accumulate(sch, anchors[0], parts)
-        done = {stages.name(b) for b in (*anchors, *totals, main, *fused)}
+        if nest.masks:
+            nest.masks.finish()
+        done = {stages.name(b) for b in (*anchors, *totals, main, *fused) if b in stages.blocks}
         schedule_rest(stages, self.target, done)
         return sch
 
@@ -186,7 +188,7 @@ def anchor_shape(stages: Stages, last: SBlockRV, main: SBlockRV, anchor: SBlockR
     return Shape(images, height, width, groups, blocks, lanes, outputs, steps, size)
 
 
-def fused_pack(stages: Stages, main: SBlockRV, shape: Shape) -> tuple[SBlockRV, ...]:
+def fused_pack(stages: Stages, main: SBlockRV, shape: Shape, target: TargetSpec) -> tuple[SBlockRV, ...]:
     """The stages (bits, bytes) that pack the epilogue tile by tile: if whole blocks of bits meet whole tiles."""
     packs = stages.of("pack.bits")
     if len(packs) != 1 or not (shape.groups == 1 or shape.whole_blocks):
@@ -196,9 +198,12 @@ def fused_pack(stages: Stages, main: SBlockRV, shape: Shape) -> tuple[SBlockRV, 
         return ()
     (pack,) = stages.consumers(bits)
     axes = [int(iv.dom.extent) for iv in stages.sch.get(pack).iter_vars]
-    lanes = block_lanes(stages.sch, bits)
-    aligned = axes[-1] * 8 == shape.outputs and 8 * lanes % shape.lanes == 0
-    whole = shape.groups == 1 or shape.group_outputs % (8 * lanes) == 0
+    masked = in_order(stages.sch, bits, target)
+    if masked and shape.lanes not in (8, 16):
+        return ()
+    channels = shape.lanes if masked else 8 * block_lanes(stages.sch, bits)
+    aligned = axes[-1] * 8 == shape.outputs and channels % shape.lanes == 0
+    whole = shape.groups == 1 or shape.group_outputs % channels == 0
     return (bits, pack) if len(axes) == 4 and aligned and whole and shape.outputs % shape.lanes == 0 else ()
 
 
@@ -220,8 +225,10 @@ class TileNest:
         dot = rule.dot(self.sch.get(last))
         weights = dot.weights if dot else 1
         self.most_pixels = 64
-        if not fused:
-            self.tile = choose_tile(shape, room, weights=weights)
+        masked = fused and in_order(self.sch, fused[0], rule.target)
+        self.masks = Masks(self.sch, fused[0], shape.lanes) if masked else None
+        if not fused or self.masks:
+            self.tile = choose_tile(shape, room, weights=weights, chunk=shape.blocks if fused else None)
             self.channels = self.tile.vectors * shape.lanes
         else:
             self.channels = 8 * block_lanes(self.sch, fused[0])
@@ -239,6 +246,8 @@ class TileNest:
             self._tile_loops(main)
             return loop
         bits, pack = self.fused
+        if self.masks:
+            return self._with_masks(self.masks, pack)
         if self.stages.is_output(main):
             loop = self._outer(main, self.channels)
             sch.reverse_compute_at(bits, loop, preserve_unit_loops=True)
@@ -255,6 +264,24 @@ class TileNest:
         sch.reorder(part, *pixels)
         self._tile_loops(main)
         return part
+
+    def _with_masks(self, masks: Masks, pack: SBlockRV) -> LoopRV:
+        """The same where comparisons of the tile's vectors are its packed bits already."""
+        sch, main = self.sch, self.main
+        if self.stages.is_output(main):
+            loop = self._outer(main, self.channels)
+            self._tile_loops(main)
+            sch.reverse_compute_at(masks.blocks, loop, preserve_unit_loops=True)
+            sch.reverse_compute_at(pack, loop, preserve_unit_loops=True)
+            pixel_loops = len(sch.get(pack).iter_vars) - 1
+        else:
+            sch.compute_inline(main)
+            self.stages.blocks.remove(main)
+            loop = self._outer(pack, self.channels // 8)
+            pixel_loops = self.pixel_loops
+        masks.place(pack)
+        unroll(sch, *sch.get_loops(pack)[-2 - pixel_loops : -1])
+        return loop
 
     def _outer(self, block: SBlockRV, channels: int) -> LoopRV:
         """Splits pixels and channels of a stage into tiles, and orders and parallelises the loops over tiles."""

@@ -72,6 +72,26 @@ def test_binary_inner_loop(target: str, size: int, channels: int) -> None:
         assert sum(map(_touches_stack, body)) <= len(body) // 30
 
 
+@pytest.mark.parametrize("kernel", [3, 1])
+@pytest.mark.parametrize("target", ["znver4", "icelake-server"])
+def test_thresholds_of_a_binary_convolution_are_masks(target: str, kernel: int) -> None:
+    """A comparison and a store of its mask for each vector of sums, and nothing in a workspace."""
+    spec = get_target(target)
+    layout = BitLayout.for_target(64, 1, spec.word_bits, spec.max_lanes)
+    lanes = spec.binary_lanes(64)
+    size = 28 + kernel - 1
+    x = te.placeholder((1, size, size, layout.words), layout.word_dtype, "x")
+    w = te.placeholder((1, 64 // lanes, kernel, kernel, layout.group_words, lanes), layout.word_dtype, "w")
+    t = te.placeholder((64,), "int32", "t")
+    dot = computes.binary_conv2d(x, w, depth=kernel * kernel * 64, out_channels=64)
+    text = emit.assembly(prim_func([x, w, t], [computes.threshold_pack(dot, t, layout)]), spec)
+    comparisons = len(re.findall(r"\bvpcmp\w*d\s.*%zmm\d+, %k", text))
+    assert comparisons >= 8
+    assert len(re.findall(r"\bkmovw\s+%k\d, .*\(", text)) >= comparisons
+    assert not re.search(r"\bvpmovd|\bvpmovm2", text)
+    assert "AllocWorkspace" not in text
+
+
 @pytest.mark.parametrize(("size", "channels"), SHAPES)
 @pytest.mark.parametrize("target", ["rpi3", "rpi4", "rpi5", "aarch64"])
 def test_binary_inner_loop_with_the_reduction_in_the_lanes(target: str, size: int, channels: int) -> None:
