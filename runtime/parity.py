@@ -343,10 +343,10 @@ def _is_packed(value: StoredValue) -> bool:
 def _units(version: VersionEntry, values: dict[int, StoredValue]) -> list[_Unit]:
     """One unit a step: with it, the earlier steps that make those of its inputs that stand for no value."""
     units: list[_Unit] = []
-    # By memory, not by id: a reshape is another tensor of the same memory.
-    place = {tensor["id"]: (tensor["space"], tensor["offset"]) for tensor in version["tensors"]}
-    maker: dict[tuple[str, int], int] = {}
-    inexact: set[tuple[str, int]] = set()
+    place = _places(version)
+    made = _made(version, values)
+    maker: dict[_Place, int] = {}
+    inexact: set[_Place] = set()
     for index, step in enumerate(version["steps"]):
         reads, writes = _arguments(step)
         needed = {index}
@@ -356,10 +356,40 @@ def _units(version: VersionEntry, values: dict[int, StoredValue]) -> list[_Unit]
         exact = all(version["steps"][i]["exact"] for i in needed)
         downstream = not exact or any(place[id_] in inexact for id_ in reads)
         inputs = {id_ for i in needed for id_ in _arguments(version["steps"][i])[0] if id_ in values}
-        outputs = tuple(values[id_] for id_ in writes if id_ in values)
+        outputs = tuple(values[id_] for id_ in made[index])
         opt_in = next((kind for i in needed if (kind := version["steps"][i].get("opt_in"))), None)
         units.append(_Unit(tuple(sorted(needed)), exact, downstream, tuple(sorted(inputs)), outputs, opt_in))
         for id_ in writes:
             maker[place[id_]] = index
             (inexact.add if downstream else inexact.discard)(place[id_])
     return units
+
+
+_Place = tuple[str, int]
+
+
+def _places(version: VersionEntry) -> dict[int, _Place]:
+    """Where a tensor lies. Steps are tied by memory, not by id: a reshape is another tensor of the same memory."""
+    return {tensor["id"]: (tensor["space"], tensor["offset"]) for tensor in version["tensors"]}
+
+
+def _made(version: VersionEntry, values: dict[int, StoredValue]) -> list[list[int]]:
+    """Of every step, the values it makes: what it writes, or where that is no value, the reshape of it that is one."""
+    place = _places(version)
+    made: list[list[int]] = []
+    maker: dict[_Place, tuple[int, int]] = {}  # place → step, tensor
+
+    def name(id_: int) -> None:
+        index, written = maker.get(place[id_], (0, id_))
+        if written != id_ and id_ in values and written not in values and id_ not in made[index]:
+            made[index].append(id_)
+
+    for index, step in enumerate(version["steps"]):
+        reads, writes = _arguments(step)
+        for id_ in reads:
+            name(id_)
+        made.append([id_ for id_ in writes if id_ in values])
+        maker.update({place[id_]: (index, id_) for id_ in writes})
+    for id_ in version["outputs"]:
+        name(id_)
+    return made
