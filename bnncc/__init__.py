@@ -11,7 +11,7 @@ if (_checkout / "pyproject.toml").is_file():
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Artifact": "bnncc.compiler",
+    "Artifact": "bnncc.artifact",
     "Options": "bnncc.compiler",
     "ParityReport": "bnncc.runtime.report",
     "compile": "bnncc.compiler",

@@ -95,6 +95,7 @@ def _model_options(function: Any) -> Any:
     type=click.Choice(["inputs", "outputs", "both"]),
     help="Take images, or give them, as N, H, W, C; PyTorch's N, C, H, W is the default.",
 )
+@click.option("--no-cache", is_flag=True, help="Compile anew, even if this model was compiled before.")
 @click.option("--dump-ir", type=click.Path(file_okay=False, path_type=Path), help="Write the IR after every pass here.")
 def compile_command(
     model: str,
@@ -106,32 +107,32 @@ def compile_command(
     header: Path | None,
     runner: Path | None,
     channels_last: str | None,
+    no_cache: bool,
     dump_ir: Path | None,
 ) -> None:
-    from bnncc import compiler
-    from bnncc.models import load_model
+    from bnncc import cache
+    from bnncc.artifact import Artifact
     from bnncc.targets.descriptor import get_targets
 
-    get_targets(target)  # before minutes of loading and tracing: a typo is known at once
+    specs = get_targets(target)  # before minutes of loading and tracing: a typo is known at once
     _check_folder(output, header, runner)
+    name = name or _identifier(output.stem)
+    entry = None
+    if model.endswith(".pt2") and Path(model).is_file() and not no_cache and not dump_ir:
+        entry = cache.Entry.of(cache.file_digest(Path(model)), specs, name, channels_last)
     with progress_bar() as progress:
-        progress("loading the model", 0, 1)
-        loaded, examples = load_model(model, weights), _examples(shapes)
-        if examples is None and not model.endswith((".pt2", ".onnx")):
-            raise BnnccError(f"--input-shape is missing: say what '{model}' is called with, such as 1,3,224,224")
-        if examples is None and model.endswith(".onnx"):
-            from bnncc.frontends.onnx_graph import prepare
-
-            for note in prepare(loaded).fixed:
-                click.echo(note, err=True)
-        artifact = compiler.compile(
-            loaded,
-            examples,
-            target,
-            name=name or _identifier(output.stem),
-            options=compiler.Options(dump_ir=dump_ir, channels_last=channels_last or "none"),
-            progress=progress,
-        )
+        versions = entry.load() if entry else None
+        if versions:
+            artifact = Artifact(name, target, versions)
+        else:
+            settings = {
+                "dump_ir": dump_ir,
+                "channels_last": channels_last or "none",
+                "cache": not no_cache and not entry,
+            }
+            artifact = _compile(model, weights, shapes, target, name, settings, progress)
+            if entry:
+                entry.store(artifact.versions)
         artifact.save(output, header=header, runner=runner)
     size = output.stat().st_size
     weights_bytes = artifact.manifest["weights_bytes"]
@@ -313,6 +314,27 @@ def targets() -> None:
         bits = sorted({target.vector_bits for target in members})
         table.add_row(family.name, members[0].arch, f"{bits[0]}-{bits[-1]} bit", family.description)
     console().print(table)
+
+
+def _compile(
+    model: str, weights: Path | None, shapes: tuple[str, ...], target: str, name: str, settings: Any, progress: Any
+) -> Any:
+    """Loads and compiles what the command line names; settings: of `bnncc.Options`."""
+    from bnncc import compiler
+    from bnncc.models import load_model
+
+    progress("loading the model", 0, 1)
+    loaded, examples = load_model(model, weights), _examples(shapes)
+    if examples is None and not model.endswith((".pt2", ".onnx")):
+        raise BnnccError(f"--input-shape is missing: say what '{model}' is called with, such as 1,3,224,224")
+    if examples is None and model.endswith(".onnx"):
+        from bnncc.frontends.onnx_graph import prepare
+
+        for note in prepare(loaded).fixed:
+            click.echo(note, err=True)
+    return compiler.compile(
+        loaded, examples, target, name=name, options=compiler.Options(**settings), progress=progress
+    )
 
 
 def _examples(shapes: tuple[str, ...]) -> Any:

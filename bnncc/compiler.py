@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,21 +11,17 @@ from typing import Any
 import torch
 from tvm import IRModule
 
+from bnncc import cache
+from bnncc.artifact import Artifact
 from bnncc.frontends.torch import Imported, export_model, to_relax
 from bnncc.models import is_onnx
 from bnncc.passes import pipeline
 from bnncc.runtime.errors import BnnccError
-from bnncc.runtime.manifest import Manifest
-from bnncc.runtime.session import Session
 from bnncc.targets.descriptor import TargetSpec, get_targets
 from bnncc.targets.emit import compile_kernels
-from bnncc.targets.link import Version, build_manifest, link
+from bnncc.targets.link import Version
 
 Progress = Callable[[str, int, int], None]
-
-# What kernels assume of the caller's buffers, in bytes: one float.
-_IO_ALIGNMENT = 4
-
 
 CHANNELS_LAST = ("none", "inputs", "outputs", "both")
 """Values of `Options.channels_last`."""
@@ -38,6 +33,8 @@ class Options:
 
     dump_ir: folder for the module after every pass, one file each; made if it is missing. Of a target that stands for
         several, each has its own folder in there.
+    cache: take what the compile cache (`bnncc.cache`) holds of the same model for the same target, and keep the result
+        there; not with `dump_ir`.
     channels_last: which images the artifact takes or gives as N, …, C (NHWC) instead of PyTorch's N, C, …: "inputs",
         "outputs", "both" or "none". Saves their transposition where the caller has them so. Shapes given to `compile`,
         and the tensors given to `validate`, stay in the model's axes.
@@ -45,45 +42,11 @@ class Options:
 
     dump_ir: Path | None = None
     channels_last: str = "none"
+    cache: bool = True
 
     def __post_init__(self) -> None:
         if self.channels_last not in CHANNELS_LAST:
             raise BnnccError(f"channels_last is one of {', '.join(CHANNELS_LAST)}; {self.channels_last!r} was given")
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A compiled network. versions: its plan and its kernels' object code, for each target that `target` stands for."""
-
-    name: str
-    target: str
-    versions: tuple[Version, ...]
-
-    @property
-    def manifest(self) -> Manifest:
-        """What `bnncc.runtime.load(path).manifest` shows: inputs, outputs; of each version layers, steps, memory."""
-        return build_manifest(self.versions, _IO_ALIGNMENT, {}, self.target)
-
-    def save(self, path: str | Path, header: str | Path | None = None, runner: str | Path | None = None) -> Path:
-        """Links the artifact into the shared library `path`; each file appears whole or not at all.
-
-        header: also write the C header of its functions. runner: also link a static executable that runs the network on
-        .npy files.
-        """
-        link(
-            self.versions, Path(path), target=self.target,
-            header=Path(header) if header else None, runner=Path(runner) if runner else None,
-            io_alignment=_IO_ALIGNMENT,
-        )  # fmt: skip
-        return Path(path)
-
-    def load(self, threads: int | None = None, version: str | None = None) -> Session:
-        """A session on this machine, through a temporary file; arguments as of `bnncc.runtime.load`.
-
-        Raises UnsupportedMachineError for an artifact of another machine.
-        """
-        with tempfile.TemporaryDirectory(prefix="bnncc-") as folder:
-            return Session(self.save(Path(folder) / f"{self.name}.so"), threads, version)
 
 
 def compile(
@@ -116,8 +79,15 @@ def compile(
         raise BnnccError(f"the model's name {name!r} is no C identifier: use letters, digits and underscores")
     report("trace", 0, 1)
     imported = import_model(model, example_inputs)
-    labelled = len(specs) > 1
-    versions = tuple(_compile_version(imported.mod, spec, name, options, report, labelled) for spec in specs)
+    entry = None
+    if options.cache and not options.dump_ir:
+        entry = cache.Entry.of(cache.module_digest(imported.mod), specs, name, options.channels_last)
+    versions = entry.load() if entry else None
+    if versions is None:
+        labelled = len(specs) > 1
+        versions = tuple(_compile_version(imported.mod, spec, name, options, report, labelled) for spec in specs)
+        if entry:
+            entry.store(versions)
     return Artifact(name, target if isinstance(target, str) else target.name, versions)
 
 

@@ -1,0 +1,49 @@
+"""`bnncc.Artifact`: a compiled network before it is a file. Needs neither torch nor TVM."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from bnncc.runtime.manifest import Manifest
+from bnncc.runtime.session import Session
+from bnncc.targets.link import Version, build_manifest, link
+
+# What kernels assume of the caller's buffers, in bytes: one float.
+_IO_ALIGNMENT = 4
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled network. versions: its plan and its kernels' object code, for each target that `target` stands for."""
+
+    name: str
+    target: str
+    versions: tuple[Version, ...]
+
+    @property
+    def manifest(self) -> Manifest:
+        """What `bnncc.runtime.load(path).manifest` shows: inputs, outputs; of each version layers, steps, memory."""
+        return build_manifest(self.versions, _IO_ALIGNMENT, {}, self.target)
+
+    def save(self, path: str | Path, header: str | Path | None = None, runner: str | Path | None = None) -> Path:
+        """Links the artifact into the shared library `path`; each file appears whole or not at all.
+
+        header: also write the C header of its functions. runner: also link a static executable that runs the network on
+        .npy files.
+        """
+        link(
+            self.versions, Path(path), target=self.target,
+            header=Path(header) if header else None, runner=Path(runner) if runner else None,
+            io_alignment=_IO_ALIGNMENT,
+        )  # fmt: skip
+        return Path(path)
+
+    def load(self, threads: int | None = None, version: str | None = None) -> Session:
+        """A session on this machine, through a temporary file; arguments as of `bnncc.runtime.load`.
+
+        Raises UnsupportedMachineError for an artifact of another machine.
+        """
+        with tempfile.TemporaryDirectory(prefix="bnncc-") as folder:
+            return Session(self.save(Path(folder) / f"{self.name}.so"), threads, version)
