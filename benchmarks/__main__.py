@@ -111,8 +111,9 @@ def _measure(
 
 def _start_lce(console: Console, report: dict[str, Any], wanted: dict[str, list[str]]) -> lce.Worker | None:
     """The worker with all models converted, so that nothing is converted while something else is timed."""
-    counterparts = [f"{size}×{channels}" for size, channels in map(models.CONVOLUTIONS.get, wanted["convolutions"])]
-    counterparts += [NETWORKS[name].larq for name in wanted["networks"] if NETWORKS[name].larq]
+    shapes = (models.CONVOLUTIONS[name] for name in wanted["convolutions"])
+    counterparts = [f"{size}×{channels}" for size, channels in shapes]
+    counterparts += [larq for name in wanted["networks"] if (larq := NETWORKS[name].larq)]
     if not counterparts:
         return None
     console.print("Larq Compute Engine: installing, converting …", style="dim")
@@ -124,6 +125,7 @@ def _start_lce(console: Console, report: dict[str, Any], wanted: dict[str, list[
         report["without_lce"] = str(reason)
         console.print(f"without LCE: {reason}", style="yellow")
         return None
+    report["versions"] |= dict(package.split("==") for package in lce.REQUIREMENTS if "==" in package)
     return worker
 
 

@@ -121,7 +121,7 @@ def main() -> None:
     report |= {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
-        "versions": {**versions(), "bitorch": _version("bitorch")},
+        "versions": versions(),
     }
     for name in (name for name in NETWORKS if options.only in name):
         for target in ("native", *(["rpi4"] if name in ON_THE_PI else [])):
@@ -138,12 +138,6 @@ def _line(name: str, target: str, row: dict[str, Any]) -> str:
         f"{row['exact_elements']:,} exact elements differ, {row['sign_flips']} of {row['bits']:,} signs flipped, "
         f"outputs within {row['relative_difference']:.1e}; compiled in {row['compile_seconds']} s"
     )
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-_PACKAGES = ("bnncc", "apache-tvm", "torch", "onnxruntime", "ziglang", "numpy")
+_PACKAGES = ("bnncc", "apache-tvm", "torch", "onnxruntime", "bitorch", "ziglang", "numpy")
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_vpopcntdq", "asimd", "asimddp")
 
 

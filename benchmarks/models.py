@@ -62,7 +62,8 @@ class Elementwise(nn.Module):
         self.norm, self.activation, self.clamp = nn.BatchNorm2d(channels), nn.PReLU(channels), nn.Hardtanh()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.clamp(self.activation(self.norm(x)) + x)
+        clamped: torch.Tensor = self.clamp(self.activation(self.norm(x)) + x)
+        return clamped
 
 
 FLOAT_LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

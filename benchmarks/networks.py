@@ -84,10 +84,10 @@ def measure(name: str, limits: dict[str, Any], seconds: float, worker: lce.Worke
         compiling = resources.compiling(name, path)
         with load(path, threads=1) as session, load(path, threads=2) as pair:
             difference = float(np.abs(session(array) - expected).max())
-            contenders, missing = peers.runners(twin, image, model)
-            if worker and (counterpart := NETWORKS[name].larq):
-                contenders |= worker.runners(counterpart)
-            times = interleaved_medians({"bnncc": lambda: session(array), **contenders}, seconds)
+            others, missing = peers.runners(twin, image, model)
+            counterpart = NETWORKS[name].larq
+            elsewhere = worker.runners(counterpart) if worker and counterpart else {}
+            times = interleaved_medians({"bnncc": lambda: session(array), **others, **elsewhere}, seconds)
             steps = step_report(session, array, limits, "native", seconds / 8)
             share = roofline_report(session, times["bnncc"], limits, "native")
             threads = {"1": lambda: session(array), "2": lambda: pair(array)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from torch import nn
 
 def float32_model(twin: nn.Module, x: torch.Tensor) -> bytes:
     """An ONNX model of a float twin. The exporter folds batch norms into the convolutions before them."""
-    file = io.BytesIO()
-    torch.onnx.export(twin, (x,), file, dynamo=False, opset_version=17, input_names=["input"])
-    return file.getvalue()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "float32.onnx"
+        torch.onnx.export(twin, (x,), path, dynamo=False, opset_version=17, input_names=["input"])
+        return path.read_bytes()
 
 
 def int8_model(model: bytes, x: torch.Tensor) -> bytes:

@@ -90,10 +90,9 @@ def one_convolution(shape: str, limits: dict[str, Any], seconds: float, worker: 
         if not np.array_equal(session(array), expected):
             raise RuntimeError(f"{shape}: the artifact differs from eager: the timing means nothing")
         ours = {"bnncc": lambda: session(array), "bnncc, NHWC": lambda: session_last(last)}
-        contenders, missing = peers.runners(twin, x, binary)
-        if worker:
-            contenders |= worker.runners(f"{size}×{channels}")
-        medians = interleaved_medians({**ours, **contenders}, seconds)
+        others, missing = peers.runners(twin, x, binary)
+        elsewhere = worker.runners(f"{size}×{channels}") if worker else {}
+        medians = interleaved_medians({**ours, **others, **elsewhere}, seconds)
     gops = 2e-9 * size**2 * 9 * channels**2 / medians["bnncc"]
     share = round(gops / limits["arithmetic"]["native"]["binary"]["gops"], 3)
     return {**peers.comparison(medians), "missing": missing, "gops": round(gops, 1), "share_of_limit": share}

@@ -55,9 +55,9 @@ def alive_bytes(version: VersionEntry) -> int:
     first: dict[int, int] = {}
     last: dict[int, int] = {}
     for index, step in enumerate(version["steps"]):
-        for tensor in step["args"]:
-            first.setdefault(tensor, index)
-            last[tensor] = index
+        for number in step["args"]:
+            first.setdefault(number, index)
+            last[number] = index
     most = 0
     arena = [t for t in version["tensors"] if t["space"] == "arena" and t["id"] in first]
     for index in range(len(version["steps"])):

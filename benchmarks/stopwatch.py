@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,8 @@ class Stopwatch:
 
     def __init__(self, session: Session, inputs: Sequence[np.ndarray]) -> None:
         self._session = session
-        self._run = ctypes.cast(session._library.run_steps, ctypes.c_void_p)
+        library: Any = session._library  # its functions are found when it is loaded
+        self._run = ctypes.cast(library.run_steps, ctypes.c_void_p)
         for tensor, array in zip(session.version["inputs"], inputs, strict=True):
             session.write(tensor, array)
         self._count = len(session.version["steps"])
@@ -50,7 +52,7 @@ class Stopwatch:
 
         wall: by the wall's clock, where several threads compute; else by the CPU time of the process.
         """
-        rounds = []
+        rounds: list[list[float]] = []
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(rounds) < 3:
             times = (ctypes.c_double * (self._count + 1))()

@@ -75,12 +75,14 @@ def report():
         },
         "convolutions": {
             "28²×128": {
-                "median_ms": dict(times), "times_faster": dict(against), "missing": {}, "gops": 3000.0, "share_of_limit": 0.6,
+                "median_ms": dict(times), "times_faster": dict(against), "missing": {},
+                "gops": 3000.0, "share_of_limit": 0.6,
             }
         },
         "networks": {
             "QuickNet": {
-                "median_ms": dict(times), "times_faster": dict(against), "missing": {}, "largest_difference_from_eager": 0.0,
+                "median_ms": dict(times), "times_faster": dict(against), "missing": {},
+                "largest_difference_from_eager": 0.0,
                 "roofline": {
                     "ms": 0.8, "ms_of_layers_that_multiply": 0.7, "share": 0.8, "share_by_layers_that_multiply": 0.7
                 },
