@@ -121,6 +121,7 @@ def _pool_in_depth(p: Any, old: relax.Call, a: dict[str, Any], make: Any) -> Any
     flat = p.emit(
         make(p.image(old.args[0]), pool_size=a["pool_size"][1:], **_in_two_axes(a, 5), **common),
         f"{old.args[0].name}__pooled",
+        p.helper,
     )
     _, height, width, _ = shape_of(flat)
     columns = p.emit(R.reshape(flat, (n, depth, height * width, c)), f"{old.args[0].name}__columns")
@@ -130,6 +131,7 @@ def _pool_in_depth(p: Any, old: relax.Call, a: dict[str, Any], make: Any) -> Any
             padding=(a["padding"][0], 0, a["padding"][3], 0), **common,
         ),
         f"{old.args[0].name}__pooled_columns",
+        p.helper,
     )  # fmt: skip
     return R.reshape(pooled, (n * shape_of(pooled)[1], height, width, c))
 

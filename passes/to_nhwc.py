@@ -27,7 +27,7 @@ from tvm.relax import op as R
 from bnncc.dialect.kernels import ELEMENTWISE
 from bnncc.dialect.ops import op_name, shape_of
 from bnncc.passes import nhwc_operators
-from bnncc.passes.rewriter import Rewriter, is_const, module_pass, numpy_of
+from bnncc.passes.rewriter import Origin, Rewriter, is_const, module_pass, numpy_of
 
 
 def channels_last(rank: int) -> tuple[int, ...]:
@@ -55,6 +55,7 @@ class _ToNHWC(Rewriter):
         self.channels_last = channels_last
         self.images: set[Any] = set()  # new variables that are images
         self.nhwc: dict[Any, Any] = {}  # new variable in the model's layout → its image
+        self.helper: Origin | None = None  # of what an operator computes on the way to its value
         self.nchw: dict[Any, Any] = {}  # (image, shape) → it in the model's layout, once something needed that
 
     def params(self) -> list[Any]:
@@ -75,6 +76,8 @@ class _ToNHWC(Rewriter):
         old = self.definition[var]
         name = op_name(old)
         operator = nhwc_operators.OPERATORS.get(str(name))
+        origin = self.origin(var)
+        self.helper = Origin("", origin.path) if origin else None
         new = None
         if operator is not None:
             new = operator(self, old)
@@ -86,7 +89,7 @@ class _ToNHWC(Rewriter):
         rank = len(shape_of(var))
         if rank >= 3:
             self.images.add(result)
-            if origin := self.origin(var):
+            if origin:
                 self.origins[var.name] = replace(origin, order=channels_last(rank))
         return result
 
