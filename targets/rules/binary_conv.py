@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from .register_tile import TiledAnchor
 
-#: Vectors (weights and sums) of a tile where POPCNT counts single words; measured best of 3 to 6.
-_SCALAR_VECTORS = 5
+#: Vectors (weights and sums) of a tile where POPCNT counts single words; measured best of 3 to 8.
+_SCALAR_VECTORS = 3
 
 
 class BinaryConv(TiledAnchor):

@@ -14,7 +14,7 @@ from bnncc.dialect.stages import LANES
 from bnncc.targets.descriptor import TargetSpec
 from bnncc.targets.intrinsics import use_mask
 
-from .base import Stages, iterations, parallel_outer, unroll
+from .base import Stages, extent, iterations, parallel_outer, unroll
 
 
 def block_lanes(sch: Schedule, bits: SBlockRV) -> int:
@@ -51,8 +51,8 @@ class Masks:
     """
 
     def __init__(self, sch: Schedule, bits: SBlockRV, lanes: int = 16) -> None:
-        self.sch, self.bits, self.bytes = sch, bits, lanes // 8
         *_, byte, v = sch.get_loops(bits)
+        self.sch, self.bits, self.bytes = sch, bits, lanes // 8 if extent(sch, byte) % 2 == 0 else 1
         _, within = sch.split(byte, [None, self.bytes])
         self.blocks = sch.blockize(sch.fuse(within, v))
         sch.set_scope(self.blocks, 0, "local")
