@@ -229,6 +229,9 @@ def _strided_slice(p: Any, old: relax.Call) -> Any | None:
     return None if None in moved else R.strided_slice(p.image(old.args[0]), moved, *bounds)
 
 
+#: Operators below that are as well off in the model's layout.
+ANY_LAYOUT = frozenset({"bnncc.scale_shift", "concat"})
+
 OPERATORS: dict[str, Operator] = {
     **dict.fromkeys(("nn.conv1d", "nn.conv2d", "nn.conv3d"), _conv),
     **dict.fromkeys(("bnncc.binary_conv1d", "bnncc.binary_conv2d", "bnncc.binary_conv3d"), _binary_conv),

@@ -8,7 +8,8 @@
 After all fusions, which read the model's own layout; before packing. Every image becomes 4-D, so that one family of
 kernels serves all ranks: [N, C, W] is [N, 1, W, C], and [N, C, D, H, W] is [N·D, H, W, C]. A value keeps its name; a
 reader that this pass does not know gets `y__nchw`, permuted back, so that transpositions stand only where a graph
-enters, leaves or flattens. Declines nothing: an operator it does not know simply reads the model's layout.
+enters, leaves or flattens. Declines nothing: an operator it does not know simply reads the model's layout, and so do
+elementwise operators and concatenations that no chain of their kind connects to an operator on images.
 
 The caller may hold its images channels-last already: then the function's inputs, outputs or both are [N, …, C].
 
@@ -27,7 +28,11 @@ from tvm.relax import op as R
 from bnncc.dialect.kernels import ELEMENTWISE
 from bnncc.dialect.ops import op_name, shape_of
 from bnncc.passes import nhwc_operators
+<<<<<<< Updated upstream
 from bnncc.passes.rewriter import Origin, Rewriter, is_const, module_pass, numpy_of
+=======
+from bnncc.passes.rewriter import Rewriter, is_const, module_pass, numpy_of, operands
+>>>>>>> Stashed changes
 
 
 def channels_last(rank: int) -> tuple[int, ...]:
@@ -58,6 +63,31 @@ class _ToNHWC(Rewriter):
         self.helper: Origin | None = None  # of what an operator computes on the way to its value
         self.nchw: dict[Any, Any] = {}  # (image, shape) → it in the model's layout, once something needed that
 
+        self.apart = self.without_images()
+
+    def without_images(self) -> set[Any]:
+        """The results of operators that serve any layout and meet no operator on images, directly or among their like.
+
+        Moving them would cost two transpositions and gain nothing.
+        """
+        parent: dict[Any, Any] = {}
+
+        def root(var: Any) -> Any:
+            while (above := parent.get(var, var)) is not var:
+                var = above
+            return var
+
+        met: list[Any] = []
+        for binding in self.bindings:
+            var, name = binding.var, str(op_name(binding.value))
+            if name in ELEMENTWISE or name in nhwc_operators.ANY_LAYOUT:
+                for operand in operands(binding.value):
+                    parent[root(operand)] = root(var)
+            elif name in nhwc_operators.OPERATORS:
+                met += [var, *operands(binding.value)]
+        images = {root(var) for var in met}
+        return {var for var in self.definition if root(var) not in images}
+
     def params(self) -> list[Any]:
         if self.channels_last not in ("inputs", "both"):
             return super().params()
@@ -79,7 +109,9 @@ class _ToNHWC(Rewriter):
         origin = self.origin(var)
         self.helper = Origin("", origin.path) if origin else None
         new = None
-        if operator is not None:
+        if var in self.apart and not any(self.replaced(v) in self.images for v in operands(old)):
+            pass
+        elif operator is not None:
             new = operator(self, old)
         elif name in ELEMENTWISE:
             new = self.elementwise(old)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 import time
@@ -58,6 +59,7 @@ class Session:
         self._library = library = Library.acquire(path, version)
         self.manifest = library.manifest
         self.inputs, self.outputs = tuple(self.manifest["inputs"]), tuple(self.manifest["outputs"])
+        self._input_forms, self._output_forms = _forms(self.inputs), _forms(self.outputs)
         self._lock = threading.Lock()
         instance = library.create_version(None if version is None else version.encode())
         if not instance:
@@ -83,7 +85,11 @@ class Session:
             InputError: the number, shape or dtype of the inputs differs.
             ExecutionError: the driver reported a failure.
         """
-        outputs = self._run(check_inputs(self.inputs, inputs))
+        arrays = [np.asarray(value) for value in inputs]
+        # What fits needs no look at each port for what does not: the call of a small model takes microseconds.
+        if [(array.shape, array.dtype) for array in arrays] != self._input_forms:
+            arrays = check_inputs(self.inputs, inputs)
+        outputs = self._run(arrays)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def run(self, inputs: Mapping[str, ArrayLike]) -> dict[str, Array]:
@@ -175,6 +181,8 @@ class Session:
 
     def _contiguous(self, arrays: list[Array]) -> list[Array]:
         """The arrays, those with gaps copied to memory kept for that: aligned, so the driver copies no second time."""
+        if all(array.flags.c_contiguous for array in arrays):
+            return arrays
         staged = []
         for i, (port, array) in enumerate(zip(self.inputs, arrays, strict=True)):
             if not array.flags.c_contiguous:
@@ -186,7 +194,7 @@ class Session:
         return staged
 
     def _run(self, arrays: list[Array]) -> list[Array]:
-        outputs = [_empty(port) for port in self.outputs]
+        outputs = [_aligned(shape, dtype) for shape, dtype in self._output_forms]
         with self._lock:
             instance = self._open_instance()
             arrays = self._contiguous(arrays)
@@ -222,12 +230,19 @@ def _destroy(library: Library, instance: ctypes.c_void_p) -> None:
     library.release()
 
 
+def _forms(ports: Sequence[PortEntry]) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shapes and dtypes."""
+    return [(tuple(port["shape"]), np.dtype(port["dtype"])) for port in ports]
+
+
 def _empty(port: PortEntry) -> Array:
+    return _aligned(*_forms([port])[0])
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """An array aligned so that the driver writes it in place."""
-    size = tensor_bytes(port["shape"], port["dtype"])
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(port["dtype"]).reshape(port["shape"])
+    memory = np.empty(math.prod(shape) * dtype.itemsize + _ALIGNMENT, np.uint8)
+    return np.ndarray(shape, dtype, memory, -_address(memory) % _ALIGNMENT)
 
 
 def _random(port: PortEntry) -> Array:
@@ -244,4 +259,12 @@ def _random(port: PortEntry) -> Array:
 
 
 def _pointers(arrays: list[Array]) -> Any:
-    return (ctypes.c_void_p * max(1, len(arrays)))(*[array.ctypes.data for array in arrays])
+    return (ctypes.c_void_p * max(1, len(arrays)))(*[_address(array) for array in arrays])
+
+
+def _address(array: Array) -> int:
+    """Where the elements of a contiguous array lie: `array.ctypes.data` at a quarter of its time, for small models."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # read-only or empty
+        return int(array.ctypes.data)

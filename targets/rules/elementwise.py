@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from tvm import tirx
 from tvm.s_tir import Schedule
@@ -29,8 +30,12 @@ def schedule_elementwise(sch: Schedule, block: SBlockRV, target: TargetSpec, run
     narrowest = min(dtype_bits(region.source.dtype) for region in (*stage.writes, *stage.reads))
     widest = max(dtype_bits(region.source.dtype) for region in (*stage.writes, *stage.reads))
     work = iterations(sch, block) * widest / target.vector_bits
-    if _same_index_everywhere(stage):
-        loops = [sch.fuse(*loops)] if len(loops) > 1 else loops
+    together = _axes_together(stage)
+    # The index of a vector in three axes fused is one sum again only if vectors end where the inner axes do.
+    if together > 2 and extent(sch, loops[-1]) % (target.vector_bits // narrowest):
+        together = 2
+    if together > 1:
+        loops = [*loops[:-together], sch.fuse(*loops[-together:])]
     *outer, inner = loops
     length = extent(sch, inner)
     if run:
@@ -90,11 +95,30 @@ def _lanes(length: int, least: int, most: int) -> int:
     return least if length >= least else length
 
 
-def _same_index_everywhere(stage: tirx.SBlock) -> bool:
-    """Whether every access is at the stage's own index: then the axes can be fused into one."""
+def _axes_together(stage: tirx.SBlock) -> int:
+    """How many of the last axes can be fused into one: every access has all of them, last and in order, or none."""
     axes = [iv.var for iv in stage.iter_vars]
-    return all(
-        len(access.region) == len(axes)
-        and all(r.min.same_as(v) and int(r.extent) == 1 for r, v in zip(access.region, axes, strict=True))
-        for access in (*stage.reads, *stage.writes)
-    )
+
+    def fits(access: Any, count: int) -> bool:
+        last = axes[len(axes) - count :]
+        at = [r.min for r in access.region]
+        if len(at) >= count and all(index.same_as(var) for index, var in zip(at[-count:], last, strict=True)):
+            rest = at[:-count]
+            full = [int(extent) for extent in access.source.shape[len(at) - count :]]
+            whole = full == [int(iv.dom.extent) for iv in list(stage.iter_vars)[len(axes) - count :]]
+        else:
+            rest, whole = at, True
+        points = all(isinstance(r.extent, tirx.IntImm) and int(r.extent) == 1 for r in access.region)
+        return whole and points and not any(_uses(index, var) for index in rest for var in last)
+
+    count = len(axes)
+    while count > 1 and not all(fits(access, count) for access in (*stage.reads, *stage.writes)):
+        count -= 1
+    return count
+
+
+def _uses(index: Any, var: Any) -> bool:
+    """Whether an index depends on an axis; True for what is neither an axis, a number nor their arithmetic."""
+    if isinstance(index, (tirx.Var, tirx.IntImm)):
+        return bool(index.same_as(var))
+    return not (hasattr(index, "a") and hasattr(index, "b")) or _uses(index.a, var) or _uses(index.b, var)

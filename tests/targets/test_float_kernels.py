@@ -222,6 +222,17 @@ def test_global_mean(target: TargetSpec, shape: tuple) -> None:
     _assert_close_sums(built(x), x.astype(np.float64).mean((1, 2)), shape[1] * shape[2])
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 7, 7), (2, 5, 4, 16), (1, 6, 8, 5), (2, 16, 56, 1)])
+def test_channels_in_the_middle(target: TargetSpec, shape: tuple) -> None:
+    """Images in the model's own layout: the axes behind the channels are one, and of a whole tensor all are."""
+    x, y, a = _floats(*shape), _floats(*shape), _floats(shape[1])
+    built = Kernel(target, lambda x, y, a: (F.multiply(x, a, axis=1), F.relu(F.add(x, y))), x, y, a)
+    assert not emit.unscheduled(built.scheduled)
+    scaled, total = built(x, y, a)
+    np.testing.assert_array_equal(scaled, x * a[:, None, None])
+    np.testing.assert_array_equal(total, np.maximum(x + y, 0))
+
+
 @pytest.mark.parametrize("shape", [(3, 10), (1, 1), (2, 16), (3, 64), (2, 65), (5, 300)])
 def test_softmax(target: TargetSpec, shape: tuple) -> None:
     x = _floats(*shape)
