@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from bnncc.dialect.plan import QuantizedLayer
 from bnncc.runtime.manifest import Manifest
 from bnncc.runtime.session import Session
 from bnncc.targets.link import Version, build_manifest, link
@@ -16,16 +18,26 @@ _IO_ALIGNMENT = 4
 
 @dataclass(frozen=True)
 class Artifact:
-    """A compiled network. versions: its plan and its kernels' object code, for each target that `target` stands for."""
+    """A compiled network. versions: its plan and its kernels' object code, for each target that `target` stands for.
+
+    float_layers: "float32", or "int8" by opt-in; `quantized` are then the layers that it took.
+    """
 
     name: str
     target: str
     versions: tuple[Version, ...]
+    float_layers: str = "float32"
+    quantized: tuple[QuantizedLayer, ...] = ()
 
     @property
     def manifest(self) -> Manifest:
         """What `bnncc.runtime.load(path).manifest` shows: inputs, outputs; of each version layers, steps, memory."""
-        return build_manifest(self.versions, _IO_ALIGNMENT, {}, self.target)
+        return build_manifest(self.versions, _IO_ALIGNMENT, self._opt_in, self.target)
+
+    @property
+    def _opt_in(self) -> dict[str, Any]:
+        """What the manifest says about float layers."""
+        return {"float_layers": self.float_layers, "quantized": [asdict(layer) for layer in self.quantized]}
 
     def save(self, path: str | Path, header: str | Path | None = None, runner: str | Path | None = None) -> Path:
         """Links the artifact into the shared library `path`; each file appears whole or not at all.
@@ -36,7 +48,7 @@ class Artifact:
         link(
             self.versions, Path(path), target=self.target,
             header=Path(header) if header else None, runner=Path(runner) if runner else None,
-            io_alignment=_IO_ALIGNMENT,
+            manifest=self._opt_in, io_alignment=_IO_ALIGNMENT,
         )  # fmt: skip
         return Path(path)
 

@@ -80,6 +80,7 @@ def _model_options(function: Any) -> Any:
         "bnncc compile model.pt2 -o model.so",
         "bnncc compile nets.digits:Net --weights net.pt --input-shape 1,1,8,8 -t rpi4 -o digits.so",
         "bnncc compile model.pt2 -t rpi4 -o model.so --header model.h --runner model-run",
+        "bnncc compile model.pt2 -o model.so --float-layers int8 --calibrate typical.npz",
         "bnncc compile model.pt2 -o model.so --dump-ir ir/      the IR after every pass",
     ),
 )
@@ -95,6 +96,17 @@ def _model_options(function: Any) -> Any:
     type=click.Choice(["inputs", "outputs", "both"]),
     help="Take images, or give them, as N, H, W, C; PyTorch's N, C, H, W is the default.",
 )
+@click.option(
+    "--float-layers",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="int8: float convolutions and linear layers compute with bytes; `bnncc validate` says what that costs.",
+)
+@click.option("--calibrate", type=_FILE, help="For int8: typical inputs, a .npz file as for `bnncc validate --data`.")
+@click.option(
+    "--keep-float", multiple=True, metavar="PATH", help="For int8: a module whose layers stay float; may be repeated."
+)
 @click.option("--no-cache", is_flag=True, help="Compile anew, even if this model was compiled before.")
 @click.option("--dump-ir", type=click.Path(file_okay=False, path_type=Path), help="Write the IR after every pass here.")
 def compile_command(
@@ -107,6 +119,9 @@ def compile_command(
     header: Path | None,
     runner: Path | None,
     channels_last: str | None,
+    float_layers: str,
+    calibrate: Path | None,
+    keep_float: tuple[str, ...],
     no_cache: bool,
     dump_ir: Path | None,
 ) -> None:
@@ -116,9 +131,14 @@ def compile_command(
 
     specs = get_targets(target)  # before minutes of loading and tracing: a typo is known at once
     _check_folder(output, header, runner)
+    if (float_layers == "int8") != bool(calibrate) or (keep_float and not calibrate):
+        raise BnnccError(
+            "--float-layers int8 and --calibrate inputs.npz go together: the inputs show the ranges of the activations"
+        )
+    calibration = _load_arrays(calibrate)[0] if calibrate else None
     name = name or _identifier(output.stem)
     entry = None
-    if model.endswith(".pt2") and Path(model).is_file() and not no_cache and not dump_ir:
+    if model.endswith(".pt2") and Path(model).is_file() and not no_cache and not dump_ir and not calibrate:
         entry = cache.Entry.of(cache.file_digest(Path(model)), specs, name, channels_last)
     with progress_bar() as progress:
         versions = entry.load() if entry else None
@@ -129,6 +149,9 @@ def compile_command(
                 "dump_ir": dump_ir,
                 "channels_last": channels_last or "none",
                 "cache": not no_cache and not entry,
+                "float_layers": float_layers,
+                "calibration": calibration,
+                "keep_float": keep_float,
             }
             artifact = _compile(model, weights, shapes, target, name, settings, progress)
             if entry:
@@ -281,6 +304,8 @@ def _inspect_artifact(artifact: Path, as_json: bool) -> None:
         ("outputs", ", ".join(map(_port, manifest["outputs"]))),
         ("weights", readable(manifest["weights_bytes"])),
     ]
+    if quantized := dict.fromkeys(entry["path"] or entry["layer"] for entry in manifest.get("quantized", ())):
+        facts.append(("opt-in", f"int8 in {', '.join(quantized)}"))
     for version in manifest["versions"]:
         facts += [
             ("version", f"{version['name']}: {version['cpu']}; needs {' '.join(version['features'])}"),
@@ -376,12 +401,18 @@ def _load_numpy(path: Path, kind: type, example: str) -> Any:
 
 def _load_npz(path: Path, artifact: Path) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
     """The inputs in the artifact's order, and the labels if there are any."""
-    arrays = dict(_load_numpy(path, np.lib.npyio.NpzFile, "numpy.savez(path, x=…, labels=…)"))
-    labels = arrays.pop("labels", None)
+    arrays, labels = _load_arrays(path)
     names = [port["name"] for port in read_manifest(artifact)["inputs"]]
     if len(arrays) != len(names):
         raise BnnccError(f"'{path}' holds {', '.join(arrays) or 'no input'}; the inputs are {', '.join(names)}")
     return tuple(arrays[name] for name in (names if set(names) == set(arrays) else arrays)), labels
+
+
+def _load_arrays(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """The arrays of an .npz file, and its labels if there are any."""
+    arrays = dict(_load_numpy(path, np.lib.npyio.NpzFile, "numpy.savez(path, x=…, labels=…)"))
+    labels = arrays.pop("labels", None)
+    return arrays, labels
 
 
 def _port(port: PortEntry) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from tvm import IRModule
 
 from bnncc import cache
 from bnncc.artifact import Artifact
+from bnncc.calibration import calibrate
+from bnncc.dialect.plan import QuantizedLayer
 from bnncc.frontends.torch import Imported, export_model, to_relax
 from bnncc.models import is_onnx
 from bnncc.passes import pipeline
@@ -26,6 +28,9 @@ Progress = Callable[[str, int, int], None]
 CHANNELS_LAST = ("none", "inputs", "outputs", "both")
 """Values of `Options.channels_last`."""
 
+FLOAT_LAYERS = ("float32", "int8")
+"""Values of `Options.float_layers`."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -38,15 +43,32 @@ class Options:
     channels_last: which images the artifact takes or gives as N, …, C (NHWC) instead of PyTorch's N, C, …: "inputs",
         "outputs", "both" or "none". Saves their transposition where the caller has them so. Shapes given to `compile`,
         and the tensors given to `validate`, stay in the model's axes.
+    float_layers: "float32", or "int8": convolutions and dense layers that are neither binary nor quantized compute with
+        8-bit integers where that is faster, and no longer what the model says; `validate` reports what it costs.
+    calibration: for "int8", typical inputs in the form that `validate` takes, or a mapping of input names to arrays:
+        their activations give the ranges.
+    keep_float: for "int8", paths of modules whose layers stay float nevertheless.
     """
 
     dump_ir: Path | None = None
     channels_last: str = "none"
     cache: bool = True
+    float_layers: str = "float32"
+    calibration: Iterable[Any] | None = None
+    keep_float: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.channels_last not in CHANNELS_LAST:
             raise BnnccError(f"channels_last is one of {', '.join(CHANNELS_LAST)}; {self.channels_last!r} was given")
+        if self.float_layers not in FLOAT_LAYERS:
+            raise BnnccError(f"float_layers is one of {', '.join(FLOAT_LAYERS)}; {self.float_layers!r} was given")
+        if self.float_layers == "int8" and self.calibration is None:
+            raise BnnccError(
+                "float_layers='int8' needs calibration inputs, which show the ranges of the activations: pass "
+                "calibration=[(x,), …]"
+            )
+        if self.float_layers != "int8" and (self.calibration is not None or self.keep_float):
+            raise BnnccError("calibration and keep_float go with float_layers='int8'")
 
 
 def compile(
@@ -79,20 +101,34 @@ def compile(
         raise BnnccError(f"the model's name {name!r} is no C identifier: use letters, digits and underscores")
     report("trace", 0, 1)
     imported = import_model(model, example_inputs)
+    quantized: tuple[QuantizedLayer, ...] = ()
+    if options.calibration is not None:
+        report("calibrate", 0, 1)
+        quantized = calibrate(imported, specs, options.calibration, options.keep_float)
     entry = None
     if options.cache and not options.dump_ir:
-        entry = cache.Entry.of(cache.module_digest(imported.mod), specs, name, options.channels_last)
+        digest = cache.module_digest(imported.mod)
+        entry = cache.Entry.of(digest, specs, name, options.channels_last, quantized)
     versions = entry.load() if entry else None
     if versions is None:
         labelled = len(specs) > 1
-        versions = tuple(_compile_version(imported.mod, spec, name, options, report, labelled) for spec in specs)
+        versions = tuple(
+            _compile_version(imported.mod, spec, name, options, quantized, report, labelled) for spec in specs
+        )
         if entry:
             entry.store(versions)
-    return Artifact(name, target if isinstance(target, str) else target.name, versions)
+    asked = target if isinstance(target, str) else target.name
+    return Artifact(name, asked, versions, options.float_layers, quantized)
 
 
 def _compile_version(
-    mod: IRModule, spec: TargetSpec, name: str, options: Options, report: Progress, labelled: bool
+    mod: IRModule,
+    spec: TargetSpec,
+    name: str,
+    options: Options,
+    quantized: Sequence[QuantizedLayer],
+    report: Progress,
+    labelled: bool,
 ) -> Version:
     """The imported module compiled for one target. labelled: progress, dumped IR and kernels carry its name."""
     folder, stages = options.dump_ir, report
@@ -102,7 +138,8 @@ def _compile_version(
         def stages(stage: str, done: int, total: int) -> None:
             report(f"{spec.name}: {stage}", done, total)
 
-    lowered = pipeline.run(mod, spec, _Dump(folder) if folder else None, stages, options.channels_last)
+    dump = _Dump(folder) if folder else None
+    lowered = pipeline.run(mod, spec, dump, stages, options.channels_last, quantized)
     plan = pipeline.plan_memory(lowered, name)
     kernels = {gvar.name_hint: func for gvar, func in lowered.functions_items() if gvar.name_hint != "main"}
     if labelled:

@@ -165,3 +165,16 @@ def test_command_line(tmp_path, compiled, entries):
     outputs = [CliRunner().invoke(command, [*arguments, *more]) for more in ([], [], ["--no-cache"])]
     assert [result.exit_code for result in outputs] == [0, 0, 0]
     assert len(compiled) == 2
+
+
+def test_calibrated_ranges_are_part_of_the_key(compiled, entries):
+    model, x = nn.Sequential(nn.Conv2d(4, 16, 3), QConv2d(16, 4, 1)).eval(), torch.randn(1, 4, 6, 6)
+
+    def int8(calibration):
+        return bnncc.compile(model, (x,), options=bnncc.Options(float_layers="int8", calibration=[calibration]))
+
+    first, second = int8(x), int8(x)
+    assert len(compiled) == 1
+    same(first, second)
+    assert int8(2 * x).quantized != first.quantized and len(compiled) == 2
+    assert bnncc.compile(model, (x,)).quantized == () and len(compiled) == 3

@@ -48,6 +48,8 @@ def folder(tmp_path_factory):
     model = cli_nets.net().eval()
     x = torch.randn(1, 8, 6, 5)
     torch.save(model.state_dict(), path / "weights.pt")
+    floats = nn.Sequential(nn.Conv2d(8, 16, 3), QConv2d(16, 4, 3), nn.Flatten()).eval()
+    torch.export.save(torch.export.export(floats, (x,)), path / "float.pt2")
     torch.export.save(torch.export.export(model, (x,)), path / "model.pt2")
     torch.export.save(torch.export.export(cli_nets.net().eval(), (x,)), path / "other.pt2")
     np.save(path / "x.npy", x.numpy())
@@ -81,6 +83,21 @@ def test_compile_writes_everything_that_was_asked_for(folder, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {"m.so", "m.h", "m-run", "ir"}
     dumped = sorted(path.name for path in (tmp_path / "ir").iterdir())
     assert len(dumped) > 5 and "R.sign" in (tmp_path / "ir" / dumped[0]).read_text()
+
+
+def test_compile_with_float_layers_in_int8(tmp_path, capsys):
+    np.savez(tmp_path / "typical.npz", x=np.load("data.npz")["x"])
+    options = ["--float-layers", "int8", "--calibrate", str(tmp_path / "typical.npz")]
+    assert run(["compile", "float.pt2", "-o", str(tmp_path / "q.so"), *options]) == 0
+    assert run(["inspect", str(tmp_path / "q.so")]) == 0
+    assert "opt-in:  int8 in 0" in lines(capsys)[0]
+    arguments = ["validate", str(tmp_path / "q.so"), "--reference", "float.pt2", "--data", "data.npz"]
+    assert run(arguments) == 0
+    out, _ = lines(capsys)
+    assert "int8 by opt-in: 0" in out and "cost of that:" in out
+    assert run(["compile", "float.pt2", "-o", str(tmp_path / "f.so"), *options, "--keep-float", "0"]) == 0
+    assert run(["inspect", str(tmp_path / "f.so")]) == 0
+    assert "opt-in" not in lines(capsys)[0]
 
 
 def test_run_prints_the_outputs(capsys):
@@ -160,6 +177,10 @@ COMPILE = ["compile", "cli_nets:net", "--input-shape", SHAPE, "-o", "new.so"]
             "torch.export cannot trace the model",
         ),
         (["compile", "cli_nets:Bessel", "--input-shape", "1,4", "-o", "new.so"], "i0.default (module 'inner.0')"),
+        ([*COMPILE, "--float-layers", "int8"], "--float-layers int8 and --calibrate inputs.npz go together"),
+        ([*COMPILE, "--float-layers", "int4", "--calibrate", "data.npz"], "'int4' is not one of 'float32', 'int8'"),
+        ([*COMPILE, "--calibrate", "data.npz"], "--float-layers int8 and --calibrate inputs.npz go together"),
+        ([*COMPILE, "--float-layers", "int8", "--calibrate", "two.npz"], "a, b was given; the inputs are"),
         (["run", "absent.so", "--input", "x.npy"], "File 'absent.so' does not exist"),
         (["run", "x.npy", "--input", "x.npy"], "not a bnncc artifact"),
         (["run", "model.so", "--input", "data.npz"], "'data.npz' holds something else"),
