@@ -28,11 +28,7 @@ from tvm.relax import op as R
 from bnncc.dialect.kernels import ELEMENTWISE
 from bnncc.dialect.ops import op_name, shape_of
 from bnncc.passes import nhwc_operators
-<<<<<<< Updated upstream
-from bnncc.passes.rewriter import Origin, Rewriter, is_const, module_pass, numpy_of
-=======
-from bnncc.passes.rewriter import Rewriter, is_const, module_pass, numpy_of, operands
->>>>>>> Stashed changes
+from bnncc.passes.rewriter import Origin, Rewriter, is_const, module_pass, numpy_of, operands
 
 
 def channels_last(rank: int) -> tuple[int, ...]:
