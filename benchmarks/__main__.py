@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
@@ -100,11 +101,16 @@ def _measure(
         "convolutions": lambda name: operators.one_convolution(name, limits, seconds["convolutions"], worker),
         "networks": lambda name: networks.measure(name, limits, seconds["networks"], worker),
     }
+    report["took_seconds"] = {}
     for section, measure in measures.items():
         report[section] = {}
+        start = time.perf_counter()
         for name in wanted[section]:
             console.print(f"{section}/{name} …", style="dim")
-            report[section][name] = measure(name)
+            report[section][name] = entry = measure(name)
+            for peer, reason in entry.get("missing", {}).items():
+                console.print(f"without {peer}: {reason}", style="yellow")
+        report["took_seconds"][section] = round(time.perf_counter() - start, 1)
         if report[section]:
             console.print(*tables.SECTIONS[section](report[section]))
 

@@ -77,8 +77,8 @@ def _library(isa: str) -> tuple[ctypes.CDLL, int]:
     """limit.c for an instruction set, and the bytes of its vectors."""
     target = get_target(isa)
     width = target.vector_bits // 8
-    march = [] if target.arch != "x86_64" and isa != "native" else [f"-march={isa.replace('-', '_')}"]
-    return compile_c(SOURCE, [*march, f"-DBYTES={width}"]), width
+    # Zig spells the processors' names so, and takes this flag on every architecture.
+    return compile_c(SOURCE, [f"-mcpu={isa.replace('-', '_')}", f"-DBYTES={width}"]), width
 
 
 def _rounds(run: Callable[[int], None], seconds: float = 0.005) -> int:
@@ -111,10 +111,10 @@ def arithmetic(isa: str, runs: int = 15) -> dict[str, dict[str, Any]]:
     return result
 
 
-def memory(runs: int = 9) -> dict[str, dict[str, float]]:
+def memory(runs: int = 9) -> dict[str, dict[str, Any]]:
     """Level → {"bytes": of that cache, "read_gbs", "copy_gbs"}: 10⁹ bytes a second, a copy counting both ways.
 
-    "memory" is a block four times as large as the last cache; its "bytes" is infinite.
+    "memory" is a block four times as large as the last cache; its "bytes" is None.
     """
     library, _ = _library("native")
     library.memory_read.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_long]
@@ -127,10 +127,10 @@ def memory(runs: int = 9) -> dict[str, dict[str, float]]:
     start = -(-ctypes.addressof(buffers) // 4096) * 4096
     result = {}
     before = last
-    for level, size in [*sizes.items(), ("memory", float("inf"))]:
+    for level, size in [*sizes.items(), ("memory", None)]:
         # Far more than the cache before, but at most half of this one: other things are in it, other cores' as well.
-        block = most if level == "memory" else min(int(size) // 2, 4 * before) // 4096 * 4096
-        before = int(min(size, last))
+        block = most if size is None else min(size // 2, 4 * before) // 4096 * 4096
+        before = size or last
         half = block // 2 // 4096 * 4096
         rounds = max(1, (1 << 23) // block)
         read = median_seconds(lambda: library.memory_read(start, block, rounds), runs)  # noqa: B023

@@ -24,7 +24,7 @@ from benchmarks.machine import terminal
 from benchmarks.stopwatch import Stopwatch
 from benchmarks.timing import interleaved_medians
 from benchmarks.zoo import NETWORKS, Built, float_twin
-from bnncc.compiler import Artifact
+from bnncc.artifact import Artifact
 from bnncc.compiler import compile as compile_model
 from bnncc.runtime.session import Session, load
 

@@ -102,10 +102,11 @@ def _rate(bits: tuple[int, int], rates: Mapping[str, float]) -> float:
     return max(rates["binary"] / (bits[0] * bits[1]), rates["int8"])
 
 
-def _bandwidth(size: float, memory: Mapping[str, Mapping[str, float]]) -> float:
+def _bandwidth(size: int, memory: Mapping[str, Mapping[str, Any]]) -> float:
     """Bytes a second from the nearest level that holds `size` bytes, reading or copying, whichever is faster."""
-    level = next(name for name, entry in memory.items() if name != _TOO_NEAR and entry["bytes"] >= size)
-    return 1e9 * max(memory[level]["read_gbs"], memory[level]["copy_gbs"])
+    levels = (entry for name, entry in memory.items() if name != _TOO_NEAR)
+    level = next(entry for entry in levels if entry["bytes"] is None or entry["bytes"] >= size)
+    return 1e9 * max(level["read_gbs"], level["copy_gbs"])
 
 
 def total(works: list[Work], version: VersionEntry, limits: Mapping[str, Any], isa: str) -> dict[str, float]:

@@ -17,7 +17,7 @@ LIMITS = {
         "L1": {"bytes": 32 << 10, "read_gbs": 200.0, "copy_gbs": 150.0},
         "L2": {"bytes": 1 << 20, "read_gbs": 80.0, "copy_gbs": 100.0},
         "L3": {"bytes": 32 << 20, "read_gbs": 50.0, "copy_gbs": 40.0},
-        "memory": {"bytes": float("inf"), "read_gbs": 10.0, "copy_gbs": 8.0},
+        "memory": {"bytes": None, "read_gbs": 10.0, "copy_gbs": 8.0},
     },
 }
 
