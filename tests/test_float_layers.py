@@ -1,6 +1,7 @@
 """The opt-in to int8 for float layers: what it takes, that the artifact computes just that, and what is left exact."""
 
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -161,6 +162,24 @@ def test_what_is_quantized_on_one_side_is_rounded_on_the_other():
     report = bnncc.validate(artifact, module, [x])
     assert report.ok and report.quantized_layers == ["signs", ""]
     assert all(step.opt_in for step in report.steps if "conv2d" in step.op)
+
+
+def test_an_onnx_model(tmp_path):
+    class Sign(nn.Module):
+        def forward(self, x):
+            return torch.where(x >= 0, 1.0, -1.0)
+
+    body = nn.Conv2d(16, 16, 3, bias=False)
+    body.weight.data = body.weight.data.sign()
+    model = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), Sign(), body, nn.Flatten(), nn.Linear(16 * 48, 40)).eval()
+    path = tmp_path / "model.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that this exporter will go; it needs no further package
+        torch.onnx.export(model, (IMAGES[:1],), path, dynamo=False)
+    artifact = bnncc.compile(path, options=int8())
+    assert [layer.path for layer in artifact.quantized] == ["/0/Conv", "/5/Gemm"]
+    report = bnncc.validate(artifact, path, [TEST])
+    assert report.problems == [] and report.quantized_layers == ["/0/Conv", "/5/Gemm"]
 
 
 def test_several_versions_round_the_same_layers(model):

@@ -11,7 +11,15 @@ from tvm import relax
 from tvm.relax import op as R
 
 from bnncc.dialect import torch_eval
-from bnncc.dialect.torch_eval import can_evaluate, evaluate, evaluate_call, evaluate_function, to_constant, to_torch
+from bnncc.dialect.torch_eval import (
+    can_evaluate,
+    evaluate,
+    evaluate_call,
+    evaluate_from,
+    evaluate_function,
+    to_constant,
+    to_torch,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(2, 4, 6, 6, generator=GENERATOR)
@@ -184,3 +192,25 @@ def test_do_not_evaluate_other_layouts_and_unknown_operators():
     assert not can_evaluate(R.sort(x))
     assert not can_evaluate(x)
     assert can_evaluate(R.nn.relu(x))
+
+
+def test_values_from_values_in_between():
+    """What is known is neither computed nor needed to compute; what nobody asked for is left out."""
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((2,), "float32"))
+    with builder.function("main", [x]):
+        with builder.dataflow():
+            a = builder.emit(R.add(x, x))
+            b = builder.emit(R.multiply(a, a))
+            c = builder.emit(relax.Tuple([a, b]))
+            d = builder.emit(R.concat(c, 0))
+            result = builder.emit_output(R.negative(d))
+        builder.emit_func_output(result)
+    main = builder.get()["main"]
+    ones = torch.ones(2)
+    values = evaluate_from(main, {a: 3 * ones}, [d])
+    assert values[d].tolist() == [3, 3, 9, 9] and result not in values and x not in values
+    assert evaluate_from(main, {x: ones, b: ones}, [d])[d].tolist() == [2, 2, 1, 1]
+    assert evaluate_from(main, {x: ones})[result].tolist() == [-2, -2, -4, -4]
+    with pytest.raises(KeyError):
+        evaluate_from(main, {}, [b])

@@ -66,6 +66,7 @@ GRIDS = {
     "affine": (affine, 16, -3, 1, 0.1),
     "int8": (lambda x: affine(x, 0.02, -5, -128, 127), 256, -123, 1, 0.02),
     "bipolar": (bipolar, 4, -3, 2, 1 / 3),
+    "explicit": (lambda x: call("quantize", [x, number(0.03)], first=-7, most=255), 256, -7, 1, 0.03),
     "sign": (sign, 2, -1, 2, 1.0),
     "ternary": (lambda x: sign(x, "ternary"), 3, -1, 1, 1.0),
     "max pool": (lambda x: R_.nn.max_pool2d(dorefa(x), 2, 2), 4, 0, 1, 1 / 3),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bnncc.runtime.bits import BitLayout, ByteLayout
+from bnncc.runtime.bits import BitLayout, ByteLayout, Levels
 from bnncc.runtime.report import Difference, ParityReport, StepParity
 from bnncc.runtime.values import StoredValue
 
@@ -39,6 +39,15 @@ def test_bytes_round_trip(channels, groups, offset):
     assert list(encoded.shape) == shape and encoded.dtype == layout.dtype
     np.testing.assert_array_equal(stored.decode(encoded), array.transpose(0, 2, 3, 1))
     np.testing.assert_array_equal(layout.unpack(encoded[:, 0]), 3)
+
+
+def test_levels_of_any_value():
+    levels = Levels.affine(0.5, -2, 7)
+    np.testing.assert_array_equal(levels.values, np.arange(-2, 6) * np.float32(0.5))
+    assert (levels.lowest, levels.most, levels.inverse) == (-1.0, 7, 2.0)
+    x = np.array([-9, -1, -0.76, -0.75, -0.25, 0, 0.2, 2.5, 2.6, np.inf, -np.inf, np.nan], np.float32)
+    # Ties go to the even level.
+    np.testing.assert_array_equal(levels.of(x), [0, 0, 0, 0, 2, 2, 2, 7, 7, 7, 0, 0])
 
 
 def _step(exact, **difference):
