@@ -17,6 +17,7 @@ from tvm.target import Target
 from .descriptor import TargetSpec
 from .lowering import PIPELINE
 from .rules import rules_for
+from .rules.register_tile import Tiles, default_tile
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +25,12 @@ logger = logging.getLogger(__name__)
 SCHEDULED_BY = "bnncc.scheduled_by"
 
 
-def schedule(mod: tvm.IRModule, target: TargetSpec) -> tvm.IRModule:
-    """Every PrimFunc of `mod`, scheduled. One that no rule takes keeps its naive loops, and a debug line names it."""
-    rules = rules_for(target)
+def schedule(mod: tvm.IRModule, target: TargetSpec, tiles: Tiles = default_tile) -> tvm.IRModule:
+    """Every PrimFunc of `mod`, scheduled. One that no rule takes keeps its naive loops, and a debug line names it.
+
+    tiles: chooses the register tiles, as `bnncc.targets.tuning` does from what it has measured.
+    """
+    rules = rules_for(target, tiles)
     functions = {}
     for name, func in mod.functions.items():
         if not isinstance(func, tirx.PrimFunc):
@@ -60,23 +64,31 @@ def unscheduled(mod: tvm.IRModule) -> list[str]:
     ]
 
 
-def build(mod: tvm.IRModule, target: TargetSpec) -> tvm.runtime.Executable:
+def build(mod: tvm.IRModule, target: TargetSpec, tiles: Tiles = default_tile) -> tvm.runtime.Executable:
     """Schedules and compiles; the result runs in this process where the machine allows it."""
-    scheduled = schedule(mod, target)
+    return build_scheduled(schedule(mod, target, tiles), target)
+
+
+def build_scheduled(scheduled: tvm.IRModule, target: TargetSpec) -> tvm.runtime.Executable:
+    """The same from what `schedule` returned."""
     machine = Target(target.tvm())
     with machine, tvm.transform.PassContext(config=_CONFIG):  # operators with lowerings of their own ask for the target
         # On ARM, LLVM copies registers in the unrolled steps of binary convolutions when their sums are on the stack.
         return tvm.compile(scheduled, target=machine, tir_pipeline=PIPELINE if target.arch == "x86_64" else "default")
 
 
-_CONFIG = {"s_tir.LoopPartition": {"partition_const_loop": True}}
+_CONFIG = {
+    "s_tir.LoopPartition": {"partition_const_loop": True},
+    # The driver passes what the plan says; checks of every argument in every call were half of the code.
+    "tirx.disable_assert": True,
+}
 
 
-def compile_kernels(mod: tvm.IRModule, target: TargetSpec) -> bytes:
+def compile_kernels(mod: tvm.IRModule, target: TargetSpec, tiles: Tiles = default_tile) -> bytes:
     """The object file of all PrimFuncs of `mod`."""
     with tempfile.TemporaryDirectory(prefix="bnncc-") as folder:
         path = Path(folder) / "kernels.o"
-        build(mod, target).mod.write_to_file(str(path))
+        build(mod, target, tiles).mod.write_to_file(str(path))
         return path.read_bytes()
 
 
