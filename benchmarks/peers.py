@@ -40,8 +40,8 @@ def runners(
         if name in which:
             try:
                 found[name] = make()
-            except (RuntimeError, ImportError, OSError) as error:  # a peer's failure is no reason to measure nothing
-                missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            except Exception as error:  # whatever a peer fails at is no reason to measure nothing
+                missing[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return found, missing
 
 

@@ -106,7 +106,7 @@ def _bandwidth(size: int, memory: Mapping[str, Mapping[str, Any]]) -> float:
     """Bytes a second from the nearest level that holds `size` bytes, reading or copying, whichever is faster."""
     levels = (entry for name, entry in memory.items() if name != _TOO_NEAR)
     level = next(entry for entry in levels if entry["bytes"] is None or entry["bytes"] >= size)
-    return 1e9 * max(level["read_gbs"], level["copy_gbs"])
+    return 1e9 * float(max(level["read_gbs"], level["copy_gbs"]))
 
 
 def total(works: list[Work], version: VersionEntry, limits: Mapping[str, Any], isa: str) -> dict[str, float]:

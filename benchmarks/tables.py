@@ -52,11 +52,15 @@ def _against_peers(what: str, rows: Rows, last: str, share: Callable[[dict[str, 
     rivals = list(dict.fromkeys(peer for row in rows.values() for peer in row["times_faster"]))
     rivals = [peer for peer in rivals if not peer.startswith("LCE") or peer == "LCE best"]
     title = "median ms of one image, and how many times as long as bnncc"
-    table = _table(what, "bnncc", *rivals, last, title=title)
+    options = list(
+        dict.fromkeys(name for row in rows.values() for name in row["median_ms"] if name.startswith("bnncc,"))
+    )
+    table = _table(what, "bnncc", *options, *rivals, last, title=title)
     for name, row in rows.items():
         ms, ratios = row["median_ms"], row["times_faster"]
         cells = (f"{ms[peer]:.3g}  {ratios[peer]:.1f}×" if peer in ratios else "" for peer in rivals)
-        table.add_row(name, f"{ms['bnncc']:.3f}", *cells, share(row))
+        ours = (f"{ms[option]:.3f}" if option in ms else "" for option in ("bnncc", *options))
+        table.add_row(name, *ours, *cells, share(row))
     return table
 
 
