@@ -31,7 +31,8 @@ def _lowered(call: Any) -> Any:
         # FMAX keeps NaN, and would make 0 of −0 and 0; for equal values it is not asked.
         return tirx.Select(new <= kept, kept, _llvm("llvm.maximum", kept, new))
     # TVM folds ``new == new``, so that one of the two hides behind a fence.
-    return tirx.Select(new > kept, new, tirx.Select(_llvm("llvm.arithmetic.fence", new) == new, kept, new))
+    # x86's MAXPS keeps the second of two that compare as neither: one instruction, and two for a NaN that is new.
+    return tirx.Select(_llvm("llvm.arithmetic.fence", new) == new, tirx.Select(new > kept, new, kept), new)
 
 
 def _register() -> None:

@@ -48,13 +48,16 @@ def schedule_reduction(stages: Stages, block: SBlockRV, target: TargetSpec, *, w
     lanes = target.vector_bits // bits
     while length % lanes:
         lanes //= 2
-    vectors = _divisor(length // lanes, 4)
+    depthwise = stages.role(block) == "depthwise"
+    # Depthwise, weights serve all pixels of a tile: with one vector of channels they are loaded least often.
+    vectors = 1 if depthwise else _divisor(length // lanes, 4)
+    sums = target.registers // 2 - 2 if depthwise else _SUMS // vectors
     co, cv, lane = sch.split(inner, [None, vectors, lanes])
     if len(outer) > 1:
-        po, pi = sch.split(outer[-1], [None, _divisor(extent(sch, outer[-1]), _SUMS // vectors)])
+        po, pi = sch.split(outer[-1], [None, _divisor(extent(sch, outer[-1]), sums)])
         sch.reorder(po, co, pi, cv, lane)
         unroll(sch, pi)
-        if stages.role(block) == "depthwise":
+        if depthwise:
             partition(sch, po)  # the windows that reach into the padding
         parallel_outer(sch, outer[:-1], work)
         if written_out:
@@ -71,6 +74,8 @@ def schedule_reduction(stages: Stages, block: SBlockRV, target: TargetSpec, *, w
     cv, lane = sch.split(spatial.pop(), [None, lanes])
     sch.reorder(*reduced, *spatial, cv, lane)
     unroll(sch, *spatial, cv)
+    if depthwise and extent(sch, reduced[-1]) <= _SUMS:
+        unroll(sch, reduced[-1])  # what lies in the padding is then known
     _vectorize(sch, lane)
     init = sch.decompose_reduction(block, reduced[0])
     *others, lane = sch.get_loops(init)[-len(spatial) - 2 :]
