@@ -28,7 +28,6 @@ import itertools
 import json
 import logging
 import math
-import re
 import shutil
 import subprocess
 import tempfile
@@ -48,6 +47,7 @@ from bnncc.compiler import Artifact
 from bnncc.compiler import compile as compile_model
 from bnncc.runtime.device import runner_path
 from bnncc.runtime.manifest import tensor_bytes
+from bnncc.targets.mca import Block, Instruction, basic_blocks, cycles_of, inner_loops
 
 RESULT = Path(__file__).parent / "results" / "arm-model.json"
 
@@ -75,38 +75,6 @@ CORES = {
     "cortex-a53": Core("rpi3", "cortex-a53", 1.2, 2.0, 512 << 10),
     "cortex-a76": Core("rpi5", "neoverse-n1", 2.4, 10.0, 2 << 20),
 }
-
-_BRANCH = re.compile(r"(b|bl|br|blr|ret|cbz|cbnz|tbz|tbnz|b\.\w+)\b")
-_POPCOUNT = re.compile(r"cnt\s+v\d+\.(8|16)b")
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """text: in the assembler's syntax. count: how often it ran."""
-
-    address: int
-    text: str
-    count: int = 1
-
-    @property
-    def branches(self) -> bool:
-        return bool(_BRANCH.match(self.text))
-
-    @property
-    def goal(self) -> int | None:
-        """The address that a direct branch goes to."""
-        if not self.branches or (found := re.search(r"#?(0x[0-9a-f]+)$", self.text)) is None:
-            return None
-        return int(found[1], 16)
-
-    @property
-    def macs(self) -> int:
-        """Binary multiply-accumulates: the bits that it counts."""
-        found = _POPCOUNT.match(self.text)
-        return 8 * int(found[1]) if found else 0
-
-
-Block = tuple[Instruction, ...]
 
 
 @dataclass(frozen=True)
@@ -161,55 +129,6 @@ def read_log(lines: Iterable[str]) -> list[Instruction]:
         for at in blocks[start]:
             executed[at] += count
     return [Instruction(at, texts[at], executed[at]) for at in sorted(texts)]
-
-
-def basic_blocks(instructions: Sequence[Instruction]) -> list[Block]:
-    """Splits a function (ascending addresses) after every branch and before everything that one goes to."""
-    leaders = {goal for i in instructions if (goal := i.goal) is not None}
-    blocks: list[list[Instruction]] = []
-    previous: Instruction | None = None
-    for i in instructions:
-        if previous is None or previous.branches or i.address in leaders or i.address != previous.address + 4:
-            blocks.append([])
-        blocks[-1].append(i)
-        previous = i
-    return [tuple(block) for block in blocks]
-
-
-def inner_loops(blocks: Sequence[Block]) -> Iterator[Block]:
-    """The bodies of the innermost loops: from where a branch goes back to, to that branch."""
-    ends = [(block[-1].goal, n) for n, block in enumerate(blocks)]
-    starts = {block[0].address: n for n, block in enumerate(blocks)}
-    back = [(starts[goal], n) for goal, n in ends if goal in starts and starts[goal] <= n]
-    for first, last in back:
-        if not any(first <= f and n <= last and (f, n) != (first, last) for f, n in back):
-            yield tuple(i for block in blocks[first : last + 1] for i in block)
-
-
-def cycles_of(blocks: Sequence[Block], model: str, iterations: int = 50) -> list[float]:
-    """Cycles of each block on a processor of llvm-mca, when it follows itself many times."""
-    source = []
-    for n, block in enumerate(blocks):
-        source.append(f"# LLVM-MCA-BEGIN {n}")
-        source += [_assembler(i) for i in block]
-        source.append(f"# LLVM-MCA-END {n}")
-    with tempfile.NamedTemporaryFile("w", suffix=".s") as file:
-        file.write("\n".join(source) + "\n")
-        file.flush()
-        command = ["llvm-mca-19", "-mtriple=aarch64", f"-mcpu={model}", "-mattr=+dotprod,+fullfp16", "--json"]
-        command += [f"-iterations={iterations}", file.name]
-        result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"llvm-mca-19 failed: {result.stderr.strip().splitlines()[0]}")
-    regions = {region["Name"]: region["SummaryView"] for region in json.loads(result.stdout)["CodeRegions"]}
-    return [regions[str(n)]["TotalCycles"] / iterations for n in range(len(blocks))]
-
-
-def _assembler(instruction: Instruction) -> str:
-    """An instruction as llvm-mca takes it: an address in the code needs to be no real one, but one in reach."""
-    far = instruction.branches or instruction.text.startswith("adr")
-    text = re.sub(r"#?0x[0-9a-f]+$", "#0", instruction.text) if far else instruction.text
-    return "nop" if text.startswith((".byte", "udf")) else text
 
 
 def loop_cost(body: Block, model: str) -> Loop:

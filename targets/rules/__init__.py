@@ -12,12 +12,12 @@ from .conv import Conv, Dense
 from .lane_conv import LaneConv
 from .nests import LoopNests
 from .permute import Permute
+from .register_tile import TiledAnchor, Tiles, default_tile
 from .softmax import Softmax
 
+_TILED: tuple[type[TiledAnchor], ...] = (BinaryConv, LaneConv, BinaryConvBytes, ByteConv, Conv, Dense)
 
-def rules_for(target: TargetSpec) -> list[Rule]:
-    """The rules of a target in the order they are tried: the more special first."""
-    return [
-        rule(target)
-        for rule in (BinaryConv, LaneConv, BinaryConvBytes, ByteConv, Conv, Dense, Permute, Softmax, LoopNests)
-    ]
+
+def rules_for(target: TargetSpec, tiles: Tiles = default_tile) -> list[Rule]:
+    """The rules of a target in the order they are tried: the more special first. tiles: chooses their tiles."""
+    return [*(rule(target, tiles) for rule in _TILED), *(rule(target) for rule in (Permute, Softmax, LoopNests))]

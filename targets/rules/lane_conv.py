@@ -29,7 +29,7 @@ from bnncc.targets.intrinsics import replace_body
 
 from .base import REDUCED, SPATIAL, Stages, last_common, unroll
 from .nests import schedule_rest
-from .register_tile import Shape, Tile, TiledAnchor, TileNest, anchor_shape, fused_pack, row_pixels
+from .register_tile import Shape, Tile, TiledAnchor, TileNest, TileRequest, anchor_shape, fused_pack, row_pixels
 
 #: Vectors of pixels in a tile of eight channels: with 24 sums of 32 registers, LLVM begins to spill.
 _MOST_PIXELS = 2
@@ -83,14 +83,18 @@ class _LaneNest(TileNest):
         last: SBlockRV,
         pixels: int,
     ) -> None:
+        self.together = pixels
         super().__init__(rule, stages, shape, main, fused, last)
+
+    def _request(self, rule: TiledAnchor, kind: str, last: SBlockRV, chunk: int | None) -> TileRequest:
+        pixels = self.together
         most = max(1, min(_MOST_PIXELS, self.most_pixels // pixels))
-        vectors = shape.width // pixels
+        vectors = self.shape.width // pixels
         # Pixels that share a vector cannot be peeled apart.
         cols = row_pixels(vectors, most) if pixels == 1 else max(d for d in range(1, most + 1) if vectors % d == 0)
-        self.tile = Tile(1, pixels * cols, 1)
-        if not fused:
-            self.channels = shape.lanes
+        room = rule.accumulators(8, self.shape.lanes)
+        # One vector of channels at a time: more sums than it has do not fit.
+        return TileRequest(kind, self.shape, Tile(1, pixels * cols, 1), room, 1, 1, self.most_pixels, pixels)
 
 
 def _sum_lanes(sch: Schedule, total: SBlockRV, at: LoopRV, pixels: int) -> tuple[LoopRV, LoopRV]:

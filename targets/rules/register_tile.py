@@ -16,6 +16,7 @@ whole tiles runs without bounds checks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -73,6 +74,32 @@ class Shape:
         return self.groups == 1 or self.group_outputs % self.lanes == 0
 
 
+@dataclass(frozen=True)
+class TileRequest:
+    """What a tile is asked for.
+
+    kind: the rule, and what becomes of its sums. default: the tile by the cost model. together: neighbouring pixels
+    that one vector holds. The rest is as in `choose_tile`.
+    """
+
+    kind: str
+    shape: Shape
+    default: Tile
+    accumulators: int
+    weights: int = 1
+    chunk: int | None = None
+    most_pixels: int = 64
+    together: int = 1
+
+
+#: Answers a request with a legal tile.
+Tiles = Callable[[TileRequest], Tile]
+
+
+def default_tile(request: TileRequest) -> Tile:
+    return request.default
+
+
 def choose_tile(
     shape: Shape, accumulators: int, *, weights: int = 1, chunk: int | None = None, most_pixels: int = 64
 ) -> Tile:
@@ -94,7 +121,7 @@ def choose_tile(
         rows = 1
         if cols == shape.width:
             rows = max(r for r in range(1, shape.height + 1) if shape.height % r == 0 and r * cols <= max(room, cols))
-        cost = _cost(shape.height, shape.width, blocks, Tile(rows, cols, vectors))
+        cost = tile_cost(shape.height, shape.width, blocks, Tile(rows, cols, vectors))
         if cost < best_cost:
             best, best_cost = Tile(rows, cols, vectors), cost
     return best
@@ -111,7 +138,7 @@ def row_pixels(width: int, room: int) -> int:
     return -(-width // tiles)
 
 
-def _cost(height: int, width: int, blocks: int, tile: Tile) -> float:
+def tile_cost(height: int, width: int, blocks: int, tile: Tile) -> float:
     """Cost of one reduction step over an image: the tile's sums, and the loads of its weights and inputs.
 
     Few independent sums leave the arithmetic's latency exposed.
@@ -121,11 +148,16 @@ def _cost(height: int, width: int, blocks: int, tile: Tile) -> float:
     return -(-height // tile.rows) * -(-width // tile.cols) * -(-blocks // tile.vectors) * per_tile
 
 
+@dataclass(frozen=True)
 class TiledAnchor(Rule):
     """Schedules a convolution or dense layer with its elementwise epilogue and the packing of its result.
 
     Subclasses say which anchor they take and what its inner loop needs in registers.
+
+    tiles: has the last word on a tile.
     """
+
+    tiles: Tiles = default_tile
 
     anchor_role: ClassVar[str]
     #: Stage that sums the anchor's results over parts of the reduction, where there is one.
@@ -221,22 +253,27 @@ class TileNest:
     ) -> None:
         self.stages, self.sch, self.shape = stages, stages.sch, shape
         self.main, self.fused, self.target = main, fused, rule.target
-        room = rule.accumulators(dtype_bits(self.sch.get(last).writes[0].source.dtype), shape.lanes)
-        dot = rule.dot(self.sch.get(last))
-        weights = dot.weights if dot else 1
         self.most_pixels = 64
         masked = fused and in_order(self.sch, fused[0], rule.target)
         self.masks = Masks(self.sch, fused[0], shape.lanes) if masked else None
-        if not fused or self.masks:
-            self.tile = choose_tile(shape, room, weights=weights, chunk=shape.blocks if fused else None)
-            self.channels = self.tile.vectors * shape.lanes
-        else:
+        chunk = shape.blocks if fused else None
+        if fused and not self.masks:
             self.channels = 8 * block_lanes(self.sch, fused[0])
             bits = dtype_bits(self.sch.get(main).writes[0].source.dtype)
             self.most_pixels = max(1, _STACK_BYTES * 8 // bits // self.channels)
-            self.tile = choose_tile(
-                shape, room, weights=weights, chunk=self.channels // shape.lanes, most_pixels=self.most_pixels
-            )
+            chunk = self.channels // shape.lanes
+        packed = "masks" if self.masks else "bits" if fused else "values"
+        written = "+".join(str(self.sch.get(b).writes[0].source.dtype) for b in stages.outputs)
+        self.tile = rule.tiles(self._request(rule, f"{rule.name} to {packed} in {written}", last, chunk))
+        if not fused or self.masks:
+            self.channels = self.tile.vectors * shape.lanes
+
+    def _request(self, rule: TiledAnchor, kind: str, last: SBlockRV, chunk: int | None) -> TileRequest:
+        room = rule.accumulators(dtype_bits(self.sch.get(last).writes[0].source.dtype), self.shape.lanes)
+        dot = rule.dot(self.sch.get(last))
+        weights = dot.weights if dot else 1
+        tile = choose_tile(self.shape, room, weights=weights, chunk=chunk, most_pixels=self.most_pixels)
+        return TileRequest(kind, self.shape, tile, room, weights, chunk, self.most_pixels)
 
     def run(self) -> LoopRV:
         """Schedules everything outside the reduction; returns the loop whose body is one register tile."""
