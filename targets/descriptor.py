@@ -128,7 +128,7 @@ class TargetSpec:
     def tvm(self) -> dict[str, Any]:
         """What `tvm.target.Target` is made from."""
         config: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu}
-        config["cl-opt"] = [_NO_IF_CONVERSION]
+        config["cl-opt"] = [_NO_IF_CONVERSION, _NO_SLP]
         if self.llvm_level != 3:
             config["opt-level"] = self.llvm_level
         if self.llvm_features:
@@ -140,6 +140,9 @@ class TargetSpec:
 # and reads past the tensor (akin to https://github.com/llvm/llvm-project/issues/156849). Loops with conditions stay
 # loops then; kernels of real networks have none that it would have vectorised.
 _NO_IF_CONVERSION = "-enable-if-conversion=false"
+# LLVM 22's vectorizer of straight-line code narrows sums of bits to bytes, widens them with their sign and says of the
+# result that it has no high bits. Kernels are vectorised before LLVM sees them.
+_NO_SLP = "-vectorize-slp=false"
 
 
 def _lanes(most: int, channels: int) -> int:
