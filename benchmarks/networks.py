@@ -105,6 +105,7 @@ def measure(name: str, limits: dict[str, Any], seconds: float, worker: lce.Worke
     return {
         **peers.comparison(times),
         "missing": missing,
+        "macs": {"binary": _macs(steps, "1×1 bits"), "all": _macs(steps, "")},
         "largest_difference_from_eager": difference,
         "roofline": share,
         "steps": steps,
@@ -115,6 +116,10 @@ def measure(name: str, limits: dict[str, Any], seconds: float, worker: lce.Worke
         "memory": memory,
         "compile": compiling,
     }
+
+
+def _macs(steps: list[dict[str, Any]], bits: str) -> int:
+    return sum(count for row in steps for kind, count in row["macs"].items() if bits in kind)
 
 
 def step_table(rows: list[dict[str, Any]], most: int) -> Table:
