@@ -11,6 +11,8 @@ from bnncc.runtime.manifest import Manifest, version_named
 
 _ARCHITECTURES = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 _CPUINFO = Path("/proc/cpuinfo")
+#: What 32-bit ARM kernels list of processors of which 64-bit kernels list "asimd", to 32-bit processes, too.
+_ARMV8 = frozenset({"neon", "vfpv4", "idiva"})
 
 
 def host_architecture() -> str:
@@ -32,7 +34,8 @@ def host_features() -> frozenset[str] | None:
     for line in lines:
         key, _, value = line.partition(":")
         if key.strip() in ("flags", "Features"):
-            return frozenset(value.split())
+            words = frozenset(value.split())
+            return words | _ARMV8 if "asimd" in words else words
     return None
 
 

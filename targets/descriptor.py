@@ -54,6 +54,7 @@ class TargetSpec:
     dot: the instructions for products of bytes, see `bnncc.targets.intrinsics`.
     most_plane_pairs: bit planes of the activation times those of the weight up to which counting bits is faster than
         multiplying bytes.
+    flushes_denormals: whether arithmetic on vectors of floats takes denormals for 0; see `bnncc.targets.scalar_floats`.
     llvm_level: LLVM's optimization level.
     zig, zig_static: the linker's triples for a shared library and for a static executable.
     """
@@ -74,8 +75,10 @@ class TargetSpec:
     max_lanes: int = 16
     masks: bool = False
     lane_bytes: int = 0
+    flushes_denormals: bool = False
     llvm_level: int = 3
     llvm_features: tuple[str, ...] = ()
+    llvm_options: tuple[str, ...] = ()
     description: str = ""
 
     @property
@@ -128,7 +131,9 @@ class TargetSpec:
     def tvm(self) -> dict[str, Any]:
         """What `tvm.target.Target` is made from."""
         config: dict[str, Any] = {"kind": "llvm", "mtriple": self.triple, "mcpu": self.cpu}
-        config["cl-opt"] = [_NO_IF_CONVERSION, _NO_SLP]
+        config["cl-opt"] = [_NO_IF_CONVERSION, _NO_SLP, *self.llvm_options]
+        if self.arch == "arm":
+            config["mfloat-abi"] = "hard"  # or calls of libm pass floats in integer registers
         if self.llvm_level != 3:
             config["opt-level"] = self.llvm_level
         if self.llvm_features:
@@ -203,12 +208,46 @@ def _aarch64(name: str, cpu: str, description: str, *, dotprod: bool = False) ->
     )
 
 
+def _arm(name: str, cpu: str, description: str, *, v8: bool = False) -> TargetSpec:
+    """32-bit ARM. v8: a processor of ARMv8 with a 32-bit system."""
+    return TargetSpec(
+        name=name,
+        arch="arm",
+        cpu=cpu,
+        triple="armv7-linux-gnueabihf",
+        zig="arm-linux-gnueabihf.2.28",
+        zig_static="arm-linux-musleabihf",
+        # CRC32 came with ARMv8; 32-bit kernels list little else that did.
+        features=("neon", "vfpv4", "idiva", "crc32") if v8 else ("neon", "vfpv4", "idiva"),
+        vector_bits=128,
+        registers=16,
+        word_bits=8,
+        popcount="bytes",
+        dot="vmull",
+        most_plane_pairs=4,
+        max_lanes=8,
+        lane_bytes=16,
+        flushes_denormals=True,
+        llvm_level=2,
+        # The machine scheduler keeps sums in their registers, LLVM's older one for this architecture spills them; so
+        # do unrolled steps. Scalar floats in NEON registers ("neonfp") would be vectors with their flushing.
+        llvm_features=("+neon", "+vfp4", "+use-misched", "-neonfp"),
+        llvm_options=("-unroll-threshold-default:uint=80",),
+        description=description,
+    )
+
+
 _REGISTERED = {
     t.name: t
     for t in (
         _x86("x86-64-v2", "x86-64-v2", _V2, "any x86-64 since about 2009 (SSE4.2, POPCNT)"),
         _x86("x86-64-v3", "x86-64-v3", _V3, "x86-64 with AVX2 and FMA (Haswell, Zen and later)"),
         _x86("x86-64-v4", "x86-64-v4", _V4, "x86-64 with AVX-512 (Skylake-X, Zen 4 and later)"),
+        # LLVM knows when the instructions of Swift finish, another core of ARMv7, but not those of the Cortex-A7.
+        _arm("rpi2", "swift", "Raspberry Pi 2, 32-bit system (Cortex-A7)"),
+        _arm("rpi3-32", "cortex-a53", "Raspberry Pi 3 or Zero 2 W, 32-bit system (Cortex-A53)", v8=True),
+        _arm("rpi4-32", "cortex-a72", "Raspberry Pi 4, 32-bit system (Cortex-A72)", v8=True),
+        _arm("armv7", "swift", "any 32-bit ARM with NEON, VFPv4 and division"),
         _aarch64("rpi3", "cortex-a53", "Raspberry Pi 3, 64-bit system (Cortex-A53)"),
         _aarch64("rpi-zero2", "cortex-a53", "Raspberry Pi Zero 2 W, 64-bit system (Cortex-A53)"),
         _aarch64("rpi4", "cortex-a72", "Raspberry Pi 4, 64-bit system (Cortex-A72)"),

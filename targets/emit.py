@@ -15,7 +15,7 @@ from tvm import s_tir, tirx
 from tvm.target import Target
 
 from .descriptor import TargetSpec
-from .lowering import PIPELINE
+from .lowering import pipeline_of
 from .rules import rules_for
 from .rules.register_tile import Tiles, default_tile
 
@@ -73,8 +73,7 @@ def build_scheduled(scheduled: tvm.IRModule, target: TargetSpec) -> tvm.runtime.
     """The same from what `schedule` returned."""
     machine = Target(target.tvm())
     with machine, tvm.transform.PassContext(config=_CONFIG):  # operators with lowerings of their own ask for the target
-        # On ARM, LLVM copies registers in the unrolled steps of binary convolutions when their sums are on the stack.
-        return tvm.compile(scheduled, target=machine, tir_pipeline=PIPELINE if target.arch == "x86_64" else "default")
+        return tvm.compile(scheduled, target=machine, tir_pipeline=pipeline_of(target))
 
 
 _CONFIG = {

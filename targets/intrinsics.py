@@ -4,8 +4,8 @@
 
 The four bytes of x are broadcast against a vector of weights. `use_dot` puts the instructions in the place of the two
 loops, as `Schedule.tensorize` would: TVM 0.27 crashes there, because it copies intrinsics by way of JSON.
-All are exact: nothing saturates, and no 16-bit sum of "smull" overflows unless two weights that it adds are both −128;
-then "smull wide" serves.
+All are exact: nothing saturates, and no 16-bit sum of "smull" or "vmull" overflows unless two weights that it adds are
+both −128; then their "wide" forms serve.
 """
 
 from __future__ import annotations
@@ -157,11 +157,34 @@ def _smull_wide(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
     return sums + _llvm("llvm.aarch64.neon.addp", f"int32x{lanes}", *pairs)
 
 
-def _products(word: Any, weights: Any) -> list[Any]:
+def _products(word: Any, weights: Any, instruction: str = "llvm.aarch64.neon.smull") -> list[Any]:
     """The 16 products of a vector, 16 bits each."""
     x = tirx.reinterpret("int8x16", tirx.Broadcast(word, 4))
     halves = [[half("int8x8", v) for v in (x, weights)] for half in (tirx.vectorlow, tirx.vectorhigh)]
-    return [_llvm("llvm.aarch64.neon.smull", "int16x8", *pair) for pair in halves]
+    return [_llvm(instruction, "int16x8", *pair) for pair in halves]
+
+
+def vpadd(dtype: str, a: Any, b: Any) -> Any:
+    """Sums of neighbouring integers of two vectors of 128 bits, as 32-bit ARM has them: of 64 bits."""
+    half = f"{dtype.split('x')[0]}x{int(dtype.split('x')[1]) // 2}"
+    sums = [
+        _llvm("llvm.arm.neon.vpadd", half, tirx.vectorlow(half, vector), tirx.vectorhigh(half, vector))
+        for vector in (a, b)
+    ]
+    return tirx.vectorcombine(dtype, *sums)
+
+
+def _vmull(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
+    """VMULL; pairs of products added in 16 bits by VPADD, then to the sum by VPADAL."""
+    pairs = vpadd("int16x8", *_products(word, weights, "llvm.arm.neon.vmulls"))
+    return _llvm("llvm.arm.neon.vpadals", f"int32x{lanes}", sums, pairs)
+
+
+def _vmull_wide(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
+    """VMULL; pairs of products added in 32 bits by VPADDL and VPADD."""
+    products = _products(word, weights, "llvm.arm.neon.vmulls")
+    pairs = [_llvm("llvm.arm.neon.vpaddls", "int32x4", product) for product in products]
+    return sums + vpadd(f"int32x{lanes}", *pairs)
 
 
 #: By the name that `TargetSpec.dot` gives.
@@ -171,4 +194,6 @@ DOTS = {
     "sdot": Dot("int8", 1, 6, _sdot, speed=4.0),
     "smull": Dot("int8", 2, 10, _smull, speed=1.6),
     "smull wide": Dot("int8", 2, 10, _smull_wide),
+    "vmull": Dot("int8", 2, 8, _vmull),
+    "vmull wide": Dot("int8", 2, 8, _vmull_wide),
 }

@@ -1,11 +1,11 @@
-"""The lowering of scheduled kernels: TVM's own, and one pass of ours.
+"""The lowering of scheduled kernels: TVM's own, and a pass of ours where a target wants one.
 
     acc = T.alloc_local((28,), "uint32x16")   -->   the same, marked to be left where it is
 
 TVM leaves only buffers of scope "global" below 1 KB on the stack, where LLVM keeps them in registers. All others it
 takes from a workspace: a call and a release for every task of a kernel, and stores that LLVM must keep because the
 release might read what they wrote. `LocalsOnStack` runs after all passes that make or merge buffers; it declines those
-too large for the stack of a thread.
+too large for the stack of a thread. `bnncc.targets.scalar_floats` is the pass of 32-bit ARM.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from tvm import tirx
 from tvm.s_tir.pipeline import default_s_tir_pipeline
 from tvm.tirx import compilation_pipeline
 
-#: Name of the pipeline, for `tvm.compile`.
-PIPELINE = "bnncc"
+from .descriptor import TargetSpec
+from .scalar_floats import ScalarFloats
+
+#: Names of the pipelines, for `tvm.compile`.
+_LOCALS, _IEEE = "bnncc.locals", "bnncc.ieee"
 #: Bytes of the largest buffer that stays on the stack: threads may have as little as 128 KB.
 _STACK_BYTES = 16 << 10
 
@@ -53,9 +56,23 @@ def LocalsOnStack(func: tirx.PrimFunc, mod: tvm.IRModule, context: Any) -> tirx.
     return func.with_body(_rewritten(func.body))
 
 
-def _pipeline() -> tuple[Any, Any, Any]:
+def _locals_pipeline() -> tuple[Any, Any, Any]:
     lower, host, device = default_s_tir_pipeline()
     return lower, lambda: tvm.transform.Sequential([LocalsOnStack, host()]), device
 
 
-compilation_pipeline.PIPELINE_MAP[PIPELINE] = _pipeline
+def _ieee_pipeline() -> tuple[Any, Any, Any]:
+    lower, host, device = default_s_tir_pipeline()
+    return lower, lambda: tvm.transform.Sequential([host(), ScalarFloats]), device
+
+
+compilation_pipeline.PIPELINE_MAP[_LOCALS] = _locals_pipeline
+compilation_pipeline.PIPELINE_MAP[_IEEE] = _ieee_pipeline
+
+
+def pipeline_of(target: TargetSpec) -> str:
+    """The name of a target's pipeline."""
+    if target.flushes_denormals:
+        return _IEEE
+    # On ARM, LLVM copies registers in the unrolled steps of binary convolutions when their sums are on the stack.
+    return _LOCALS if target.arch == "x86_64" else "default"

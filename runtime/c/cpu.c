@@ -95,12 +95,20 @@ static int read_features(Features *features) {
   return found;
 }
 
-static int has_feature(const Features *features, const char *word) {
-  const char *line = features->line;
+static int has_word(const char *line, const char *word) {
   size_t length = strlen(word);
   for (const char *at = line; (at = strstr(at, word)); at += length)
     if (at > line && at[-1] == ' ' && strchr(" \n", at[length])) return 1;
   return 0;
+}
+
+static int has_feature(const Features *features, const char *word) {
+  static const char *const implied[] = {"neon", "vfpv4", "idiva"};
+  /* A 64-bit kernel tells 32-bit processes its own words; these came with the first of them. */
+  if (has_word(features->line, "asimd"))
+    for (size_t i = 0; i < sizeof implied / sizeof *implied; i++)
+      if (!strcmp(implied[i], word)) return 1;
+  return has_word(features->line, word);
 }
 
 static void free_features(Features *features) { free(features->line); }

@@ -25,14 +25,12 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm.target.codegen import llvm_lookup_intrinsic_id
 
 from bnncc.dialect.stages import STEPS
-from bnncc.targets.intrinsics import replace_body
+from bnncc.targets.descriptor import TargetSpec
+from bnncc.targets.intrinsics import replace_body, vpadd
 
 from .base import REDUCED, SPATIAL, Stages, last_common, unroll
 from .nests import schedule_rest
 from .register_tile import Shape, Tile, TiledAnchor, TileNest, TileRequest, anchor_shape, fused_pack, row_pixels
-
-#: Vectors of pixels in a tile of eight channels: with 24 sums of 32 registers, LLVM begins to spill.
-_MOST_PIXELS = 2
 
 
 class LaneConv(TiledAnchor):
@@ -43,7 +41,7 @@ class LaneConv(TiledAnchor):
     total_role: ClassVar[str | None] = "binary_conv2d.lane_total"
 
     def accumulators(self, dtype_bits: int, lanes: int) -> int:
-        return _MOST_PIXELS + 1
+        return most_pixels(self.target) + 1
 
     def __call__(self, func: tirx.PrimFunc) -> Schedule | str:
         sch = Schedule(func)
@@ -70,6 +68,11 @@ class LaneConv(TiledAnchor):
         return sch
 
 
+def most_pixels(target: TargetSpec) -> int:
+    """Vectors of pixels in a tile: half the registers are sums; with three quarters of them LLVM begins to spill."""
+    return max(1, target.registers // 2 // target.lane_block)
+
+
 class _LaneNest(TileNest):
     """The loops around a tile whose vectors hold `pixels` neighbouring pixels."""
 
@@ -88,7 +91,7 @@ class _LaneNest(TileNest):
 
     def _request(self, rule: TiledAnchor, kind: str, last: SBlockRV, chunk: int | None) -> TileRequest:
         pixels = self.together
-        most = max(1, min(_MOST_PIXELS, self.most_pixels // pixels))
+        most = max(1, min(most_pixels(rule.target), self.most_pixels // pixels))
         vectors = self.shape.width // pixels
         # Pixels that share a vector cannot be peeled apart.
         cols = row_pixels(vectors, most) if pixels == 1 else max(d for d in range(1, most + 1) if vectors % d == 0)
@@ -157,7 +160,7 @@ def tree(vectors: Sequence[Any], pixels: int, most: int, arch: str) -> list[Any]
 
     Each vector holds `pixels` equal runs of lanes, which are added up apart from each other.
     """
-    pairs, widen = (_addp, _uaddlp) if arch == "aarch64" else (_add_pairs, _widen_pairs)
+    pairs, widen = _INSTRUCTIONS.get(arch, (_add_pairs, _widen_pairs))
     rounds = (16 // pixels).bit_length() - 1
     level = list(vectors)
     narrow = 0
@@ -182,6 +185,14 @@ def _addp(dtype: str, a: Any, b: Any) -> Any:
 
 def _uaddlp(a: Any) -> Any:
     return _llvm("llvm.aarch64.neon.uaddlp", "uint16x8", a)
+
+
+def _vpaddl(a: Any) -> Any:
+    return _llvm("llvm.arm.neon.vpaddlu", "uint16x8", a)
+
+
+#: Architecture → its sums of neighbouring lanes: of two vectors, and of one in twice the width.
+_INSTRUCTIONS = {"aarch64": (_addp, _uaddlp), "arm": (vpadd, _vpaddl)}
 
 
 def _add_pairs(dtype: str, a: Any, b: Any) -> Any:

@@ -19,12 +19,20 @@ from torch import nn
 import bnncc
 from bnncc.runtime.device import open_device, runner_path
 from bnncc.runtime.errors import UnsupportedMachineError
+from bnncc.targets.descriptor import get_target
 
 #: The targets that the exactness of a layer is shown on, and where each of them runs.
-DEVICES: Mapping[str, str] = {"native": "local", "x86-64-v3": "local", "rpi4": "qemu"}
+DEVICES: Mapping[str, str] = {"native": "local", "x86-64-v3": "local", "rpi4": "qemu", "rpi2": "qemu"}
+
+#: Of 32-bit ARM `make test` runs a part of the grid only.
+_LONG = ("rpi2",)
 
 TARGETS = [
-    pytest.param(target, marks=[pytest.mark.qemu] if device == "qemu" else [], id=target)
+    pytest.param(
+        target,
+        marks=[pytest.mark.qemu] * (device == "qemu") + [pytest.mark.conformance] * (target in _LONG),
+        id=target,
+    )
     for target, device in DEVICES.items()
 ]
 
@@ -61,14 +69,20 @@ def check(cases: Sequence[Case], target: str, folder: Path, kinds: Set[str] = fr
         pytest.fail(f"{len(wrong)} of {len(cases)} branches differ from eager on {target}\n" + "\n".join(wrong), False)
 
 
+def device_of(target: str) -> str:
+    """Where code for a target runs; skips the test where that needs an emulator which is not installed."""
+    device, emulator = DEVICES.get(target, "qemu"), f"qemu-{get_target(target).arch}"
+    if device == "qemu" and not (shutil.which(emulator) or shutil.which(f"{emulator}-static")):
+        pytest.skip(f"{emulator} is not installed (Debian: qemu-user)")
+    return device
+
+
 def run(cases: Sequence[Case], target: str, folder: Path, kinds: Set[str] = frozenset()) -> list[np.ndarray]:
     """What the cases, compiled as one module for a target, give there; skips the test where it cannot run.
 
     kinds: what the arithmetic of every layer must be one of ("binary", "integer"…), unless empty.
     """
-    device = DEVICES.get(target, "qemu")
-    if device == "qemu" and not (shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")):
-        pytest.skip("qemu-aarch64 is not installed (Debian: qemu-user)")
+    device = device_of(target)
     path = folder / "model.so"
     model = Branches([case.module for case in cases]).eval()
     artifact = bnncc.compile(model, tuple(case.input for case in cases), target)

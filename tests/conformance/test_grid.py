@@ -61,6 +61,15 @@ def test_every_pair_of_values(points, target, tmp_path):
     check([_case(point) for point in points], target, tmp_path)
 
 
+# One point of 8, so that all kinds of kernels run; `make conformance` runs all of them.
+_SPARSE = [point for grid in GRIDS.values() for point in pairwise(grid)][::8]
+
+
+@pytest.mark.qemu
+def test_some_points_on_32_bit_arm(tmp_path):
+    check([_case(point) for point in _SPARSE], "rpi2", tmp_path)
+
+
 _SEED, _COUNT = int(os.environ.get("SEED", "0")), int(os.environ.get("POINTS", "3000"))
 _POINTS = draw(_COUNT, _SEED)
 _DRAWN = [_POINTS[first : first + _MODULE] for first in range(0, _COUNT, _MODULE)]

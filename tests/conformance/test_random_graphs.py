@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ import bnncc
 from bnncc.frontends.torch import export_model
 from bnncc.runtime.device import open_device, runner_path
 
-from .branches import DEVICES, TARGETS, Branches, differs
+from .branches import DEVICES, TARGETS, Branches, device_of, differs
 from .graphs import Graph, graphs
 
 # Networks to a module: what a module costs by itself is small then, and a failure is found among few.
@@ -90,8 +89,7 @@ def _wrong(networks: Sequence[Graph], target: str, folder: Path) -> str | None:
 
 
 def _check(count: int, first: int, target: str, folder: Path) -> None:
-    if DEVICES[target] == "qemu" and not (shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")):
-        pytest.skip("qemu-aarch64 is not installed (Debian: qemu-user)")
+    device_of(target)
     drawn = _draw(count, first)
     together = _wrong(drawn, target, folder)
     if together is None:
@@ -116,4 +114,4 @@ _SEED = int(os.environ.get("SEED", "0"))
 @pytest.mark.parametrize("part", range(5))
 def test_random_graphs(part, target, tmp_path):
     # Runs are numbered, a part takes some of them: far from those of the next one.
-    _check(_MODULE, 1000 * (3 * (100 * _SEED + part) + [*DEVICES].index(target) + 1), target, tmp_path)
+    _check(_MODULE, 1000 * (len(DEVICES) * (100 * _SEED + part) + [*DEVICES].index(target) + 1), target, tmp_path)

@@ -38,6 +38,10 @@ X86 = Machine(
 ARM = Machine(
     "aarch64", "aarch64", "generic", "aarch64-linux-gnu", "aarch64-linux-gnu.2.28", "aarch64-linux-musl", ("asimd",)
 )
+ARM32 = Machine(
+    "armv7", "arm", "cortex-a7", "armv7-linux-gnueabihf", "arm-linux-gnueabihf.2.28", "arm-linux-musleabihf",
+    ("neon", "vfpv4"),
+)  # fmt: skip
 
 
 @functools.cache
@@ -66,8 +70,10 @@ def kernels(machine: Machine, suffix: str = "") -> bytes:
         "count": prim("count", n, count),
     }
     module = IRModule({name + suffix: function for name, function in functions.items()})
-    target = tvm.target.Target({"kind": "llvm", "mtriple": machine.triple, "mcpu": machine.cpu})
-    return bytes(_object_code(tvm.compile(module, target=target)))
+    target = {"kind": "llvm", "mtriple": machine.triple, "mcpu": machine.cpu}
+    if machine.arch == "arm":
+        target["mfloat-abi"] = "hard"
+    return bytes(_object_code(tvm.compile(module, target=tvm.target.Target(target))))
 
 
 def _object_code(library: Any) -> bytes:
@@ -139,7 +145,7 @@ def expected(x: np.ndarray, n: np.ndarray, seed: int = 0) -> tuple[np.ndarray, n
 class Tiny:
     """What the tests use of the functions above."""
 
-    X86, ARM = X86, ARM
+    X86, ARM, ARM32 = X86, ARM, ARM32
     ROWS, COLUMNS = ROWS, COLUMNS
     kernels = staticmethod(kernels)
     plan = staticmethod(make_plan)
@@ -174,3 +180,10 @@ def arm_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact for AArch64 with its runner beside it, shared: not to be changed."""
     folder = tmp_path_factory.mktemp("arm")
     return build(folder / "tiny.so", ARM, runner=folder / "tiny-run")
+
+
+@pytest.fixture(scope="session")
+def arm32_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for 32-bit ARM."""
+    folder = tmp_path_factory.mktemp("arm32")
+    return build(folder / "tiny.so", ARM32, runner=folder / "tiny-run")

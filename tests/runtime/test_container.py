@@ -93,9 +93,11 @@ def test_other_format_versions(changed):
     )
 
 
-def test_another_architecture(arm_artifact):
+def test_another_architecture(arm_artifact, arm32_artifact):
     message = refusal(arm_artifact, UnsupportedMachineError)
     assert "compiled for aarch64 (target aarch64), this machine is x86_64" in message
+    message = refusal(arm32_artifact, UnsupportedMachineError)
+    assert "compiled for arm (target armv7), this machine is x86_64" in message
 
 
 def test_a_missing_cpu_feature(tiny, tmp_path, monkeypatch):
@@ -122,6 +124,27 @@ def test_features_of_an_unknown_machine_are_not_checked(artifact, monkeypatch, t
     monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "none")
     assert cpu.host_features() is None
     runtime.load(artifact).close()
+
+
+@pytest.mark.parametrize(
+    ("listed", "missing"),
+    [
+        ("half thumb fastmult vfp edsp neon vfpv3 tls vfpv4 idiva idivt vfpd32 lpae evtstrm", None),
+        ("fp asimd evtstrm crc32 cpuid", None),  # a 64-bit kernel under a 32-bit system
+        ("half thumb fastmult vfp edsp neon vfpv3 tls vfpd32", "vfpv4"),  # a Cortex-A9
+    ],
+)
+def test_features_of_32_bit_arm(tiny, tmp_path, monkeypatch, listed, missing):
+    path = tiny.build(tmp_path / "tiny.so", tiny.ARM32)
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nFeatures\t: {listed} \n")
+    monkeypatch.setattr(cpu, "_CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(cpu, "host_architecture", lambda: "arm")
+    manifest = runtime.read_manifest(path)
+    if missing is None:
+        cpu.check_machine(manifest, path)
+    else:
+        with pytest.raises(UnsupportedMachineError, match=rf"target armv7, this CPU lacks {missing}"):
+            cpu.check_machine(manifest, path)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,16 @@ needs_qemu = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["local", pytest.param("qemu", marks=[pytest.mark.qemu, needs_qemu])])
-def device(request, artifact, arm_artifact):
-    with runtime.open_device(artifact if request.param == "local" else arm_artifact, request.param, 2) as device:
+@pytest.fixture(
+    params=[
+        "local",
+        pytest.param("qemu", marks=[pytest.mark.qemu, needs_qemu]),
+        pytest.param("qemu 32", marks=[pytest.mark.qemu, needs_qemu]),
+    ]
+)
+def device(request, artifact, arm_artifact, arm32_artifact):
+    which = {"local": artifact, "qemu": arm_artifact, "qemu 32": arm32_artifact}[request.param]
+    with runtime.open_device(which, request.param.split()[0], 2) as device:
         yield device
 
 

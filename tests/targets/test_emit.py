@@ -86,7 +86,7 @@ def _two_kernels(word_bits: int, lanes: int) -> tvm.IRModule:
 def test_object_files_for_every_target(target: str) -> None:
     spec = get_target(target)
     code = emit.compile_kernels(_two_kernels(spec.word_bits, spec.binary_lanes(64)), spec)
-    machine = {"x86_64": 62, "aarch64": 183}[spec.arch]
+    machine = {"x86_64": 62, "aarch64": 183, "arm": 40}[spec.arch]
     assert code[:4] == b"\x7fELF"
     assert int.from_bytes(code[18:20], "little") == machine
     assert b"__tvm_ffi_first\0" in code and b"__tvm_ffi_second\0" in code

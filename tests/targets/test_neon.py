@@ -16,8 +16,9 @@ from bnncc.runtime.device import open_device, runner_path
 
 pytestmark = [
     pytest.mark.qemu,
-    pytest.mark.skipif(shutil.which("qemu-aarch64") is None, reason="needs qemu-aarch64"),
+    pytest.mark.skipif(shutil.which("qemu-aarch64") is None, reason="needs qemu-aarch64 and qemu-arm"),
 ]
+each_neon = pytest.mark.parametrize("target", ["rpi4", "rpi2", "rpi3-32"])
 
 
 class _Convolutions(nn.Module):
@@ -38,15 +39,16 @@ class _Convolutions(nn.Module):
         return tuple(F.conv2d(x, getattr(self, f"weight{i}")) for i, x in enumerate(signs))
 
 
-def _run(model: nn.Module, inputs: tuple[torch.Tensor, ...], folder: Path) -> list[np.ndarray]:
-    artifact = compile_model(model.eval(), inputs, "rpi4")
+def _run(model: nn.Module, inputs: tuple[torch.Tensor, ...], folder: Path, target: str) -> list[np.ndarray]:
+    artifact = compile_model(model.eval(), inputs, target)
     path = folder / "model.so"
     artifact.save(path, runner=runner_path(path))
     with open_device(path, "qemu") as device:
         return device.run([x.numpy() for x in inputs])
 
 
-def test_sums_across_lanes(tmp_path: Path) -> None:
+@each_neon
+def test_sums_across_lanes(target: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     images = []
     for channels, side in _Convolutions.CASES:
@@ -54,19 +56,97 @@ def test_sums_across_lanes(tmp_path: Path) -> None:
         x[..., : side + 1] = x[..., : side + 1].abs()  # windows of +1 only: every byte counts to its end
         images.append(x)
     model = _Convolutions()
-    for actual, expected in zip(_run(model, tuple(images), tmp_path), model(*images), strict=True):
+    for actual, expected in zip(_run(model, tuple(images), tmp_path, target), model(*images), strict=True):
         np.testing.assert_array_equal(actual, expected.numpy())
 
 
-def test_max_pooling_keeps_nan_and_the_first_zero(tmp_path: Path) -> None:
+@each_neon
+def test_max_pooling_keeps_nan_and_the_first_zero(target: str, tmp_path: Path) -> None:
     x = torch.randn(1, 16, 9, 10, generator=torch.Generator().manual_seed(2))
     flat = x.view(-1)
     for first, step, value in ((0, 7, -0.0), (3, 11, 0.0), (5, 37, np.nan), (2, 41, np.inf), (4, 43, -np.inf)):
         flat[first::step] = value
     pool = nn.MaxPool2d(2, 1)
     expected = pool(x).numpy()
-    (actual,) = _run(nn.Sequential(pool), (x,), tmp_path)
+    (actual,) = _run(nn.Sequential(pool), (x,), tmp_path, target)
     number = ~np.isnan(expected)
     assert np.signbit(expected[number & (expected == 0)]).any()
     np.testing.assert_array_equal(np.isnan(actual), ~number)
     np.testing.assert_array_equal(actual[number].view(np.uint32), expected[number].view(np.uint32))
+
+
+class _Exact(nn.Module):
+    """Operators that must be eager's bit for bit, on numbers around the smallest normal one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.norm = nn.BatchNorm2d(16)
+        self.norm.weight.data = torch.randn(16, generator=generator) * 1e-3
+        self.norm.bias.data = torch.randn(16, generator=generator) * torch.tensor([1e-38, 1e-39, 1.0, 1e-42] * 4)
+        self.prelu = nn.PReLU(16)
+        self.prelu.weight.data = torch.rand(16, generator=generator)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (
+            self.norm(x), self.prelu(x), F.relu(x), F.hardtanh(x), F.leaky_relu(x, 0.1), torch.clamp(x, 1e-40, 2e-39),
+            x + y, x - y, x * y, x / y, -x, x.abs(), F.max_pool2d(x, 2),
+            torch.round(x), torch.floor(x), torch.ceil(x), torch.trunc(x),
+            torch.sign(x), torch.where(x >= 0, 1.0, -1.0), torch.where(x <= 0, 1.0, -1.0),
+            torch.where(x < 0, 1.0, -1.0), torch.where(x > 0, 1.0, -1.0),
+            torch.where(x < y, x, y), torch.where(x > y, x, y), (x <= y).float(), (x >= y).float(),
+            (x == y).float(), (x != y).float(),
+        )  # fmt: skip
+
+
+@each_neon
+def test_denormals(target: str, tmp_path: Path) -> None:
+    """NEON of 32-bit ARM takes them for 0; eager does not, nor may an exact step."""
+    generator = torch.Generator().manual_seed(1)
+    least, tiny = 1.401298e-45, 1.1754942e-38
+    odd = torch.tensor(
+        [0.0, -0.0, float("nan"), float("inf"), -float("inf"), least, -least, 1e-40, -1e-40, tiny, -tiny,
+         1.2e-38, -1.2e-38, 3e38, -3e38, 0.5, -0.5, 1.5, 2.5]
+    )  # fmt: skip
+    inputs = []
+    for _ in range(2):
+        shape = (2, 16, 10, 8)
+        chosen = odd[torch.randint(len(odd), shape, generator=generator)]
+        normal = torch.randn(shape, generator=generator)
+        inputs.append(torch.where(torch.rand(shape, generator=generator) < 0.6, chosen, normal))
+    model = _Exact().eval()
+    with torch.no_grad():
+        expected = [y.numpy() for y in model(*inputs)]
+    for index, (actual, wanted) in enumerate(
+        zip(_run(model, (inputs[0], inputs[1]), tmp_path, target), expected, strict=True)
+    ):
+        number = ~np.isnan(wanted)
+        np.testing.assert_array_equal(np.isnan(actual), ~number, err_msg=f"output {index}")
+        np.testing.assert_array_equal(
+            actual[number].view(np.uint32), wanted[number].view(np.uint32), err_msg=f"output {index}"
+        )
+
+
+class _Integers(nn.Module):
+    """Four bits times weights of eight, both ends of what products of bytes give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(24, 20, 3, bias=False)
+        weight = torch.randint(-127, 128, (20, 24, 3, 3), generator=torch.Generator().manual_seed(0))
+        weight[0], weight[1] = 127, -127
+        self.conv.weight.data = weight.float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(torch.round(torch.clamp(x, 0, 1) * 255))
+
+
+@each_neon
+def test_products_of_bytes(target: str, tmp_path: Path) -> None:
+    x = torch.rand(1, 24, 7, 9, generator=torch.Generator().manual_seed(3))
+    x[..., :4] = 1.0
+    model = _Integers()
+    artifact = compile_model(model.eval(), (x,), target)
+    assert {layer["op"].split()[0] for layer in artifact.manifest["versions"][0]["layers"]} == {"integer"}
+    (actual,) = _run(model, (x,), tmp_path, target)
+    np.testing.assert_array_equal(actual, model(x).detach().numpy())

@@ -1,0 +1,152 @@
+"""Float arithmetic lane by lane, for vector units that take denormals for 0.
+
+    a + b                        -->  [a.0 + b.0, a.1 + b.1, …]         and so −, ·, /, fma, sqrt, exp, …
+    a < b, max(a, b), …          -->  the same of integers that are ordered as the floats are
+    s + x · w                    -->  fma(x, w, s) on vectors: the sum of a convolution
+
+NEON of 32-bit ARM takes denormal operands and results for 0 wherever it computes with floats or compares them; the
+scalar unit (VFP) follows IEEE 754. LLVM takes NEON for whatever TVM wrote on vectors, so that this pass leaves no float
+arithmetic there. Loads, stores, selections and conversions stay vectors. An exact step states its roundings
+(`bnncc.dialect.scalars`); a product that stands open in a sum is one of a convolution or dense layer, which are not
+exact: there NEON's zeros differ from eager's denormals by less than 2^-126 in each term.
+
+After `LowerIntrin`, as the last pass before LLVM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import tirx
+from tvm.ir import Call, Op
+from tvm.target.codegen import llvm_lookup_intrinsic_id
+
+_FENCE, _FMA, _FMULADD, _FABS = (
+    llvm_lookup_intrinsic_id(f"llvm.{name}") for name in ("arithmetic.fence", "fma", "fmuladd", "fabs")
+)
+#: Intrinsics that take bits as they are.
+_MOVES = {_FENCE, _FABS}
+_LLVM = ("tirx.call_llvm_pure_intrin", "tirx.call_llvm_intrin")
+
+_ARITHMETIC = (tirx.Add, tirx.Sub, tirx.Mul, tirx.Div)
+_COMPARISONS = (tirx.LT, tirx.LE, tirx.GT, tirx.GE, tirx.EQ, tirx.NE)
+
+
+@tirx.transform.prim_func_pass(opt_level=0, name="ScalarFloats")
+def ScalarFloats(func: tirx.PrimFunc, mod: tvm.IRModule, context: Any) -> tirx.PrimFunc:
+    """Takes float arithmetic out of the vectors of a lowered function."""
+    body = tvm_ffi.structural_map(func.body, (tirx.Add, _mark_sum))
+    callbacks = [(_ARITHMETIC, _by_lane), (_COMPARISONS, _compare), ((tirx.Max, tirx.Min), _extreme), (Call, _call)]
+    return func.with_body(tvm_ffi.structural_map(body, callbacks))
+
+
+def _dtype(e: Any) -> str:
+    return str(getattr(e.ty, "dtype", ""))  # pointers have none
+
+
+def _is_vector(e: Any) -> bool:
+    return _dtype(e).startswith("float32x")
+
+
+def _lanes(e: Any) -> int:
+    return int(_dtype(e).partition("x")[2])
+
+
+def _llvm(intrinsic: int, dtype: str, *args: Any) -> Any:
+    return tirx.call_llvm_pure_intrin(dtype, intrinsic, *args)
+
+
+def _mark_sum(e: Any) -> Any:
+    """``s + x·w`` as a call that later is told from the fma of an exact step."""
+    if _is_vector(e):
+        for s, product in ((e.a, e.b), (e.b, e.a)):
+            if isinstance(product, tirx.Mul):
+                return _llvm(_FMULADD, _dtype(e), product.a, product.b, s)
+    return e
+
+
+def _lane(e: Any, i: int) -> Any:
+    """Lane i, such that LLVM does not put several of them together again."""
+    if isinstance(e, tirx.Broadcast):
+        return e.value
+    if isinstance(e, tirx.Shuffle) and all("x" not in _dtype(v) for v in e.vectors):
+        return e.vectors[int(e.indices[i])]
+    return _llvm(_FENCE, "float32", tirx.Shuffle([e], [i]))
+
+
+def _gather(values: list[Any]) -> Any:
+    return tirx.Shuffle(values, list(range(len(values))))
+
+
+def _by_lane(e: Any) -> Any:
+    if not _is_vector(e):
+        return e
+    return _gather([type(e)(_lane(e.a, i), _lane(e.b, i)) for i in range(_lanes(e))])
+
+
+def _call(e: Any) -> Any:
+    if not _is_vector(e) or not isinstance(e.op, Op) or str(e.op.name) not in _LLVM:
+        return e
+    intrinsic = int(e.args[0])
+    if intrinsic == _FMULADD:
+        return _llvm(_FMA, _dtype(e), *e.args[1:])
+    if intrinsic in _MOVES:
+        return e
+    return _gather([_llvm(intrinsic, "float32", *(_lane(a, i) for a in e.args[1:])) for i in range(_lanes(e))])
+
+
+def _extreme(e: Any) -> Any:
+    """The larger or smaller as TVM has them: ``a > b ? a : b``, ``a < b ? a : b``."""
+    if not _is_vector(e):
+        return e
+    first = _ordered_less(e.b, e.a) if isinstance(e, tirx.Max) else _ordered_less(e.a, e.b)
+    return tirx.Select(first, e.a, e.b)
+
+
+def _compare(e: Any) -> Any:
+    """LLVM's ordered comparisons, as TVM asks for them: false for NaN, ``!=`` too."""
+    if not _is_vector(e.a):
+        return e
+    if isinstance(e, tirx.LT):
+        return _ordered_less(e.a, e.b)
+    if isinstance(e, tirx.GT):
+        return _ordered_less(e.b, e.a)
+    return tirx.And(type(e)(_key(e.a), _key(e.b)), _numbers(e.a, e.b))
+
+
+def _ordered_less(a: Any, b: Any) -> Any:
+    """``a < b``. The bits of the positive numbers, and those of the negative ones, are neighbours."""
+    if _is_zero(b):
+        return _bits(a, "uint32") - _word(a, 0x80000001) <= _word(a, 0x7F7FFFFF)
+    if _is_zero(a):
+        return _bits(b, "uint32") - _word(b, 1) <= _word(b, 0x7F7FFFFF)
+    return tirx.And(_key(a) < _key(b), _numbers(a, b))
+
+
+def _is_zero(e: Any) -> bool:
+    return isinstance(e, tirx.Broadcast) and isinstance(e.value, tirx.FloatImm) and float(e.value.value) == 0
+
+
+def _bits(e: Any, dtype: str) -> Any:
+    return tirx.reinterpret(f"{dtype}x{_lanes(e)}", e)
+
+
+def _word(like: Any, value: int, dtype: str = "uint32") -> Any:
+    return tirx.Broadcast(tirx.const(value, dtype), _lanes(like))
+
+
+def _magnitude(e: Any) -> Any:
+    return _bits(e, "int32") & _word(e, 0x7FFFFFFF, "int32")
+
+
+def _key(e: Any) -> Any:
+    """An integer that grows as the float does, 0 for both zeros."""
+    sign = _bits(e, "int32") >> _word(e, 31, "int32")
+    return (_magnitude(e) ^ sign) - sign
+
+
+def _numbers(a: Any, b: Any) -> Any:
+    """Whether neither is NaN."""
+    return tirx.max(_magnitude(a), _magnitude(b)) <= _word(a, 0x7F800000, "int32")
