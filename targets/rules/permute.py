@@ -16,6 +16,9 @@ from tvm.tirx.script.builder import ir as T
 
 from .base import TASK_WORK, Rule, Stages, dtype_bits
 
+#: Elements of a cache line, and of a page: what lies pages apart shares sets of the first-level cache.
+_LINE, _PAGE = 16, 1024
+
 
 def transposed(rows: Sequence[Any]) -> list[Any]:
     """The columns of a square of vectors (4 of 4 lanes or 8 of 8), as expressions of shuffles."""
@@ -117,6 +120,12 @@ def _transposition(func: tirx.PrimFunc, source: Any, result: Any, swap: tuple[in
     batch, rows, cols = swap
     dtype = str(source.dtype)
 
+    # The longer axis outside, so that the tiles of the shorter one share cache lines of both tensors; but not where the
+    # columns that this writes to share sets of the cache. Elsewhere several tiles together use whole lines at once.
+    aliased = rows % _PAGE == 0
+    by_rows = rows >= cols and not aliased
+    together = _LINE // size if (rows if by_rows else cols) % _LINE == 0 and not aliased else 1
+
     def tile(index: Any, extent: int) -> Any:
         return index * size if extent % size == 0 else tirx.min(index * size, extent - size)
 
@@ -127,15 +136,15 @@ def _transposition(func: tirx.PrimFunc, source: Any, result: Any, swap: tuple[in
         b = T.arg(result.name, result)
         merged_a = T.decl_buffer((batch, rows, cols), dtype, data=a.data, layout=None)
         merged_b = T.decl_buffer((batch, cols, rows), dtype, data=b.data, layout=None)
-        # The longer axis outside: the tiles of the shorter one then share cache lines of both tensors.
         tiles_r, tiles_c = -(-rows // size), -(-cols // size)
-        outside, inside = (tiles_r, tiles_c) if rows >= cols else (tiles_c, tiles_r)
+        outside, inside = (tiles_r // together, tiles_c) if by_rows else (tiles_c // together, tiles_r)
         loop = T.parallel if batch * rows * cols > 2 * size * TASK_WORK else T.serial
         with loop(0, batch * outside) as task, T.serial(0, inside) as at:
             n, slow = tirx.floordiv(task, outside), tirx.floormod(task, outside)
-            r, c = (tile(slow, rows), tile(at, cols)) if rows >= cols else (tile(at, rows), tile(slow, cols))
-            lanes = [tirx.Ramp(c, 1, size)]
-            loaded = [merged_a[(n, r + i, *lanes)] for i in range(size)]
-            for i, column in enumerate(transposed(loaded)):
-                T.buffer_store(merged_b, column, [n, c + i, tirx.Ramp(r, 1, size)])
+            for i in range(together):
+                part = slow * together + i
+                r, c = (tile(part, rows), tile(at, cols)) if by_rows else (tile(at, rows), tile(part, cols))
+                loaded = [merged_a[n, r + j, tirx.Ramp(c, 1, size)] for j in range(size)]
+                for j, column in enumerate(transposed(loaded)):
+                    T.buffer_store(merged_b, column, [n, c + j, tirx.Ramp(r, 1, size)])
     return builder.get()

@@ -70,6 +70,7 @@ def test_the_manifest_holds_the_plan(tiny, artifact):
     }
     assert version["steps"][0] == {
         "kernel": "affine", "op": "affine", "args": [0, 3, 4], "outputs": 1, "layers": ["body.0"], "exact": True,
+        "opt_in": None,
     }  # fmt: skip
     assert version["layers"][0]["path"] == "body.0" and version["layers"][0]["macs"] == 6144
     assert version["arena_bytes"] == plan.arena_bytes and manifest["weights_bytes"] == plan.tensors[2].shape[0] * 4

@@ -52,7 +52,7 @@ def test_predicates(target: TargetSpec, predicate: str, data_layout: str) -> Non
     np.testing.assert_array_equal(kernel(given), _packed(values, layout, ternary))
 
 
-@pytest.mark.parametrize("channels", [1, 2, 31, 32, 33, 63, 64, 65, 128, 130, 200])
+@pytest.mark.parametrize("channels", [1, 2, 31, 32, 33, 63, 64, 65, 128, 130, 200, 380])
 @pytest.mark.parametrize("data_layout", ["NHWC", "NCHW"])
 def test_channels_around_word_boundaries(target: TargetSpec, channels: int, data_layout: str) -> None:
     layout = _layout(target, channels)
