@@ -97,7 +97,7 @@ class _Pack(Rewriter):
             "xnor_conv2d", args,
             out_channels=out, depth=per_group * kh * kw, kernel_size=(kh, kw), strides=a["strides"],
             dilation=a["dilation"], n_eff=int(ternary_weight and not ternary), corrected=int(zero_padded),
-            **({"in_lanes": in_lanes} if in_lanes else {}),
+            **({"in_lanes": in_lanes} if in_lanes else {}), **({"carry_save": 1} if self.target.carry_save else {}),
         )  # fmt: skip
         path = origin.path if (origin := self.origin(var)) else ""
         accumulator = self.emit(product, f"{var.name}__acc", Origin("", path))

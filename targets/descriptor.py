@@ -86,6 +86,15 @@ class TargetSpec:
         return self.vector_bits // 32
 
     @property
+    def carry_save(self) -> bool:
+        """Whether binary products add up bits before they count them.
+
+        A full adder of three vectors takes two instructions where any function of three words is one (AVX-512), and
+        spares a count by table of eight: 1.45 times the products. With AVX2, where it takes five, 1.07 times.
+        """
+        return self.popcount == "table" and self.masks
+
+    @property
     def word_lanes(self) -> int:
         """Words in a vector."""
         return self.vector_bits // self.word_bits

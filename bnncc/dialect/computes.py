@@ -7,13 +7,16 @@ The roles of the stages stand in `bnncc.dialect.stages`, what packs and pools in
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 from tvm import te, tirx
 
 from .computes_pack import constant_byte, lookup_pack, max_pool2d_bits, pack, pad_bits, threshold_pack
-from .stages import DEPTH, ROLE, STEPS, extents, staged, window
+from .stages import DEPTH, GROUP, ROLE, STEPS, extents, staged, window
 
 __all__ = [
     "binary_conv2d", "constant_byte", "extents", "lookup_pack", "max_pool2d_bits", "pack", "pad_bits",
@@ -22,6 +25,9 @@ __all__ = [
 
 #: A byte accumulator holds this many popcounts of one byte; half as many where the terms are signed.
 BYTE_STEPS = 31
+#: Words that carry-save adders take together: nine become four. Expressions grow with the square of it; twice as many
+#: were no faster.
+_CARRY_SAVE_WORDS = 9
 
 
 def _as(dtype: str, value: Any) -> Any:
@@ -47,6 +53,7 @@ def binary_conv2d(
     dilation: tuple[int, int] = (1, 1),
     n_eff: te.Tensor | None = None,
     in_lanes: int = 0,
+    carry_save: bool = False,
 ) -> te.Tensor:
     """The convolution of ±1 (or −1/0/+1) values as exact int32 dot products [N, OH, OW, out_channels].
 
@@ -58,6 +65,7 @@ def binary_conv2d(
     in_lanes: if not 0, weights [OB, KH, KW, V, OL, in_lanes] of one group whose last axis are bytes of the reduction:
        those of one pixel (V vectors of them), or, where a pixel has fewer, of neighbouring pixels, with the same
        weights for each.
+    carry_save: bits are added up before they are counted, where neither operand is ternary.
     """
     if in_lanes:
         mismatches, blocks, lanes = _lane_counts(x, w, strides, dilation)
@@ -87,7 +95,16 @@ def binary_conv2d(
 
         return f
 
-    counts = _popcounts(x.dtype, signed, (batch, oh, ow, groups, blocks, lanes), (kh, kw, words), term)
+    shape = (batch, oh, ow, groups, blocks, lanes)
+    if carry_save and not (ternary_x or ternary_w):
+
+        def differing(n: Any, y: Any, x_: Any, g: Any, b: Any, lane: Any, i: Any, j: Any, k: Any) -> Any:
+            pixel = (n, y * strides[0] + i * dilation[0], x_ * strides[1] + j * dilation[1])
+            return x(*pixel, g * words + k) ^ w(g, b, i, j, k, lane)
+
+        counts = _carry_save_counts(shape, (kh, kw, words), differing)
+    else:
+        counts = _popcounts(x.dtype, signed, shape, (kh, kw, words), term)
     return _dots(counts, out_channels, groups, blocks, lanes, None if signed else depth, n_eff)
 
 
@@ -176,6 +193,56 @@ def _lane_counts(
         attrs={ROLE: "binary_conv2d.lane_total", STEPS: rows * cols * part},
     )
     return totals, blocks, channels
+
+
+def _carry_save_counts(
+    shape: tuple[int, ...], reduced: tuple[int, int, int], differing: Callable[..., Any]
+) -> te.Tensor:
+    """The popcounts of ``differing(*at, i, j, k)`` summed over (KH, KW, K), by fewer of them.
+
+    The words of a step of the reduction go through carry-save adders (Harley and Seal; Warren, Hacker's Delight, 5-1).
+    """
+    kh, kw, words = reduced
+    rows = kh if kh * kw <= _CARRY_SAVE_WORDS else 1
+    cols = kw if kw <= _CARRY_SAVE_WORDS else 1
+    part = max(d for d in range(1, words + 1) if words % d == 0 and rows * cols * d <= _CARRY_SAVE_WORDS)
+    steps = (kh // rows, kw // cols, words // part)
+    axes = [te.reduce_axis((0, extent), name) for extent, name in zip(steps, ("ky", "kx", "k"), strict=True)]
+
+    def group(*at: Any) -> Any:
+        i, j, k = axes
+        weights = _carry_saved(
+            [
+                differing(*at, i * rows + row, j * cols + col, k * part + word)
+                for row, col, word in itertools.product(range(rows), range(cols), range(part))
+            ]
+        )
+        total: Any = None
+        for of_weight in reversed(weights):
+            counts = [tirx.popcount(word) for word in of_weight]
+            total = functools.reduce(operator.add, counts if total is None else [total + total, *counts])
+        return total
+
+    return te.compute(
+        shape,
+        lambda *at: te.sum(group(*at), axis=axes),
+        name="binary_conv2d",
+        attrs={ROLE: "binary_conv2d", GROUP: rows * cols * part},
+    )
+
+
+def _carry_saved(words: list[Any]) -> list[list[Any]]:
+    """Lists of at most two words, the bits in the n-th of which count 2ⁿ; together as many as are set in `words`."""
+    result = []
+    while words:
+        carries = []
+        while len(words) >= 3:
+            a, b, c, *words = words
+            words.append(a ^ b ^ c)
+            carries.append((a & b) | (c & (a | b)))
+        result.append(words)
+        words = carries
+    return result
 
 
 def _popcounts(

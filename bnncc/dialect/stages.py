@@ -39,6 +39,8 @@ ROLE = "bnncc.role"
 LANES = "bnncc.lanes"
 #: Key of the annotation of "binary_conv2d.lane_total" that says how many popcounts of a byte each lane has summed.
 STEPS = "bnncc.steps"
+#: Key of the annotation of "binary_conv2d" that says how many words a step of its reduction takes, if more than one.
+GROUP = "bnncc.group"
 #: Key of the annotation of a stage ``depth − 2 · mismatches``: its depth. A reader may take the mismatches instead.
 DEPTH = "bnncc.depth"
 #: Key of the annotation of "byte_conv2d" that says whether two products may need more than 16 bits.

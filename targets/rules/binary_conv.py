@@ -9,6 +9,9 @@ from .register_tile import TiledAnchor
 #: Vectors (weights and sums) of a tile where POPCNT counts single words; measured best of 3 to 8.
 _SCALAR_VECTORS = 3
 
+#: Sums of a tile where carry-save adders fill the registers; measured best of 5 to 14.
+_CARRY_SAVE_SUMS = 9
+
 
 class BinaryConv(TiledAnchor):
     """Convolutions of words with one popcount sum."""
@@ -25,6 +28,8 @@ class BinaryConv(TiledAnchor):
             # Of sixteen general registers, each vector of accumulators takes one to a lane, and its weights as many.
             return _SCALAR_VECTORS
         registers = max(1, dtype_bits * lanes // self.target.vector_bits)
+        if self.target.carry_save:
+            return _CARRY_SAVE_SUMS // registers
         # The difference and, where LLVM counts by tables, the table, its mask, a zero and two halves.
         temporaries = {"vector": 3, "table": 5, "bytes": 4}[self.target.popcount]
         return (self.target.registers - temporaries) // registers

@@ -24,6 +24,7 @@ from tvm import tirx
 from tvm.s_tir import SBlock, Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
+from bnncc.dialect.stages import GROUP
 from bnncc.targets.descriptor import TargetSpec
 from bnncc.targets.intrinsics import MIN_LANES, Dot, use_dot
 
@@ -208,6 +209,8 @@ def anchor_shape(stages: Stages, last: SBlockRV, main: SBlockRV, anchor: SBlockR
     steps = math.prod(int(iv.dom.extent) for iv in block.iter_vars if iv.iter_type == REDUCED)
     if stages.name(anchor) != stages.name(last):
         steps *= math.prod(int(iv.dom.extent) for iv in sch.get(anchor).iter_vars if iv.iter_type == REDUCED)
+    annotations = sch.get(anchor).annotations
+    steps *= int(annotations[GROUP]) if GROUP in annotations else 1
     outputs = int(sch.get(main).iter_vars[-1].dom.extent)
     weights = sch.get(anchor).reads[-1].source
     size = math.prod(int(e) for e in weights.shape) * (dtype_bits(weights.dtype) // 8)

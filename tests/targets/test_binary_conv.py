@@ -32,17 +32,25 @@ def _operands(
 
 
 def _check_conv(
-    target: TargetSpec, x: np.ndarray, w: np.ndarray, strides: tuple, dilation: tuple, groups: int, **ternary: bool
+    target: TargetSpec,
+    x: np.ndarray,
+    w: np.ndarray,
+    strides: tuple,
+    dilation: tuple,
+    groups: int,
+    carry_save: bool = False,
+    **ternary: bool,
 ) -> None:
     words, packed = _operands(target, x, w, groups, **ternary)
     kernel = Kernel(
         target,
         lambda a, b: computes.binary_conv2d(
-            a, b, depth=int(np.prod(w.shape[1:])), out_channels=w.shape[0], strides=strides, dilation=dilation
+            a, b, depth=int(np.prod(w.shape[1:])), out_channels=w.shape[0], strides=strides, dilation=dilation,
+            carry_save=carry_save,
         ),
         words,
         packed,
-    )
+    )  # fmt: skip
     assert not emit.unscheduled(kernel.scheduled)
     expected = reference.conv2d(x, w, strides, dilation, groups)
     np.testing.assert_array_equal(kernel(words, packed), expected)
@@ -75,6 +83,19 @@ def test_ragged_tiles(target: TargetSpec, image: tuple[int, int, int], out: int)
 )  # fmt: skip
 def test_windows_and_groups(target: TargetSpec, kernel: tuple, strides: tuple, dilation: tuple, groups: int) -> None:
     _check_conv(target, _signs(2, 11, 12, 48), _signs(32, 48 // groups, *kernel), strides, dilation, groups)
+
+
+@pytest.mark.parametrize("channels", [1, 64, 130, 320, 576])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5), (11, 3)])
+def test_bits_added_up_before_they_are_counted(target: TargetSpec, channels: int, kernel: tuple) -> None:
+    """Windows of fewer, as many and more words than carry-save adders take at once."""
+    _check_conv(target, _signs(1, 12, 9, channels), _signs(24, channels, *kernel), (1, 2), (1, 1), 1, carry_save=True)
+
+
+@pytest.mark.parametrize("agree", [0, 1])
+def test_carries_of_words_that_are_all_ones(target: TargetSpec, agree: int) -> None:
+    x, w = np.ones((1, 5, 6, 576), np.int8), np.full((16, 576, 3, 3), 2 * agree - 1, np.int8)
+    _check_conv(target, x, w, (1, 1), (1, 1), 1, carry_save=True)
 
 
 @pytest.mark.parametrize(("groups", "out"), [(2, 2), (3, 15), (4, 12), (2, 40)])
