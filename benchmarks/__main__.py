@@ -28,6 +28,8 @@ RESULTS = Path(__file__).parent / "results"
 #: Seconds of measuring an item of each section, and their factor for --quick.
 SECONDS = {"kernels": 0.6, "layers": 1.5, "convolutions": 6.0, "networks": 24.0}
 QUICK = 0.25
+#: Load average above which a machine is not quiet.
+_QUIET = 0.7
 #: Networks that --quick measures.
 QUICK_NETWORKS = ("QuickNet",)
 
@@ -54,6 +56,8 @@ def main() -> None:
         "quick": options.quick,
         "only": options.only,
     }
+    if (load := report["machine"]["load_average"]) > _QUIET:
+        console.print(f"load average {load:.1f}: something else computes, so wall times mean little", style="yellow")
     wanted = _wanted(options.only, options.quick)
     worker = None if options.no_lce else _start_lce(console, report, wanted)
     try:
