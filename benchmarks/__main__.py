@@ -44,6 +44,9 @@ def main() -> None:
     )
     parser.add_argument("--name", help="name of the files under benchmarks/results (default: the processor's)")
     options = parser.parse_args()
+    wanted = _wanted(options.only, options.quick)
+    if not any(wanted.values()):
+        parser.error(f"no item is named like {options.only!r}: they are {', '.join(f'{s}/…' for s in wanted)}")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     console = terminal()
@@ -58,7 +61,6 @@ def main() -> None:
     }
     if (load := report["machine"]["load_average"]) > _QUIET:
         console.print(f"load average {load:.1f}: something else computes, so wall times mean little", style="yellow")
-    wanted = _wanted(options.only, options.quick)
     worker = None if options.no_lce else _start_lce(console, report, wanted)
     try:
         _measure(report, wanted, QUICK if options.quick else 1.0, worker, console)
