@@ -12,7 +12,8 @@ Assumptions:
 * All loads hit the first-level cache and all branches are predicted: that is what llvm-mca knows.
 * Blocks overlap with their neighbours as well as with copies of themselves.
 * LLVM's scheduling models describe the cores. The Cortex-A76 has none of its own; neoverse-n1, its server sibling with
-  the same pipes, stands in. On the Cortex-A53 LLVM's model issues one NEON operation on 16 bytes in a cycle.
+  the same pipes, stands in. There is none of the Cortex-A7, nor of the A53 with a 32-bit system. On the Cortex-A53
+  LLVM's model issues one NEON operation on 16 bytes in a cycle.
 * Weights come from DRAM in every run if all weights together exceed the last-level cache; so do an activation's reads
   and writes if it exceeds half of that cache. They are charged at `Core.bandwidth`, on top of the cycles: nothing is
   assumed to be hidden behind arithmetic.
@@ -47,6 +48,7 @@ from bnncc.compiler import Artifact
 from bnncc.compiler import compile as compile_model
 from bnncc.runtime.device import runner_path
 from bnncc.runtime.manifest import tensor_bytes
+from bnncc.targets.descriptor import get_target
 from bnncc.targets.mca import Block, Instruction, basic_blocks, cycles_of, inner_loops
 
 RESULT = Path(__file__).parent / "results" / "arm-model.json"
@@ -69,10 +71,15 @@ class Core:
     bandwidth: float
     cache: int
 
+    @property
+    def arch(self) -> str:
+        return get_target(self.target).arch
+
 
 CORES = {
     "cortex-a72": Core("rpi4", "cortex-a72", 1.5, 4.0, 1 << 20),
     "cortex-a53": Core("rpi3", "cortex-a53", 1.2, 2.0, 512 << 10),
+    "cortex-a72, 32 bit": Core("rpi4-32", "cortex-a72", 1.5, 4.0, 1 << 20),
     "cortex-a76": Core("rpi5", "neoverse-n1", 2.4, 10.0, 2 << 20),
 }
 
@@ -131,8 +138,8 @@ def read_log(lines: Iterable[str]) -> list[Instruction]:
     return [Instruction(at, texts[at], executed[at]) for at in sorted(texts)]
 
 
-def loop_cost(body: Block, model: str) -> Loop:
-    (cycles,) = cycles_of([body], model)
+def loop_cost(body: Block, model: str, arch: str = "aarch64") -> Loop:
+    (cycles,) = cycles_of([body], model, arch=arch)
     return Loop(body[0].address, body[-1].count, len(body), sum(i.macs for i in body), cycles)
 
 
@@ -143,7 +150,7 @@ def network_cost(artifact: Artifact, inputs: Sequence[np.ndarray], core: Core) -
         path = folder / f"{artifact.name}.so"
         runner = runner_path(path)
         artifact.save(path, runner=runner)
-        ran = read_log(_log(runner, inputs, len(artifact.versions[0].plan.outputs)))
+        ran = read_log(_log(f"qemu-{core.arch}", runner, inputs, len(artifact.versions[0].plan.outputs)))
         functions = _functions(artifact.versions[0].objects[0], runner.read_bytes(), folder)
     code = {name: [i for i in ran if any(i.address in part for part in parts)] for name, parts in functions.items()}
     return _costs(artifact, code, core)
@@ -155,7 +162,7 @@ def _costs(artifact: Artifact, code: dict[str, list[Instruction]], core: Core) -
     flat = [(name, block) for name, parts in blocks.items() for block in parts]
     # What runs seldom is charged one instruction a cycle: its share is nothing and its blocks are many.
     heavy = [(name, block) for name, block in flat if block[0].count * len(block) > 2000]
-    estimated = cycles_of([block for _, block in heavy], core.model)
+    estimated = cycles_of([block for _, block in heavy], core.model, arch=core.arch)
     total = {name: 0.0 for name in blocks}
     for name, block in flat:
         if block[0].count * len(block) <= 2000:
@@ -167,7 +174,8 @@ def _costs(artifact: Artifact, code: dict[str, list[Instruction]], core: Core) -
     for name, parts in blocks.items():
         bodies = [body for body in inner_loops(parts) if any(i.macs for i in body)]
         if bodies:
-            hottest[name] = loop_cost(max(bodies, key=lambda b: sum(i.macs * i.count for i in b)), core.model)
+            body = max(bodies, key=lambda b: sum(i.macs * i.count for i in b))
+            hottest[name] = loop_cost(body, core.model, core.arch)
 
     cold = len(plan.weights) > core.cache
     shared = {step.kernel: sum(s.kernel == step.kernel for s in plan.steps) for step in plan.steps}
@@ -187,9 +195,9 @@ def _costs(artifact: Artifact, code: dict[str, list[Instruction]], core: Core) -
     return costs
 
 
-def _log(runner: Path, inputs: Sequence[np.ndarray], outputs: int) -> Iterator[str]:
+def _log(qemu: str, runner: Path, inputs: Sequence[np.ndarray], outputs: int) -> Iterator[str]:
     """Lines of qemu's log of one run."""
-    command = ["qemu-aarch64", "-d", "in_asm,exec,nochain", "-D", "/dev/stderr", str(runner), "--threads", "1"]
+    command = [qemu, "-d", "in_asm,exec,nochain", "-D", "/dev/stderr", str(runner), "--threads", "1"]
     for n, array in enumerate(inputs):
         np.save(runner.parent / f"in{n}.npy", array)
         command += ["--input", str(runner.parent / f"in{n}.npy")]
@@ -199,7 +207,7 @@ def _log(runner: Path, inputs: Sequence[np.ndarray], outputs: int) -> Iterator[s
     assert process.stderr is not None
     yield from process.stderr
     if process.wait():
-        raise RuntimeError(f"qemu-aarch64 ended with status {process.returncode}")
+        raise RuntimeError(f"{qemu} ended with status {process.returncode}")
 
 
 def _functions(kernels: bytes, runner: bytes, folder: Path) -> dict[str, list[range]]:
@@ -288,7 +296,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     console = Console(width=150)
-    for tool in ("qemu-aarch64", "llvm-mca-19", "llvm-readelf-19"):
+    for tool in ("qemu-aarch64", "qemu-arm", "llvm-mca-19", "llvm-readelf-19"):
         if shutil.which(tool) is None:
             raise SystemExit(f"{tool} is missing: apt install qemu-user llvm-19")
     data: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"networks": {}}

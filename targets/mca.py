@@ -1,4 +1,4 @@
-"""Cycles of AArch64 code by llvm-mca, LLVM's machine code analyser, on cores that are not here.
+"""Cycles of ARM code by llvm-mca, LLVM's machine code analyser, on cores that are not here.
 
 It knows a core's pipes and latencies, takes all loads to hit the first-level cache and all branches to be predicted.
 The Cortex-A76 has no model of its own; neoverse-n1, its server sibling with the same pipes, stands in.
@@ -20,8 +20,17 @@ from bnncc.runtime.errors import BnnccError
 #: Processor of a target → the one that llvm-mca has a model of. "generic" is what in-order cores compile for.
 MODELS = {"cortex-a76": "neoverse-n1", "generic": "cortex-a53"}
 
-_BRANCH = re.compile(r"(b|bl|br|blr|ret|cbz|cbnz|tbz|tbnz|b\.\w+)\b")
-_POPCOUNT = re.compile(r"cnt\s+v\d+\.(8|16)b")
+_BRANCH = re.compile(
+    r"(b|bl|br|blr|ret|cbz|cbnz|tbz|tbnz|b\.\w+)\b"
+    # of 32 bits; a return is a load of the program counter
+    r"|(b|bl|bx|blx)(eq|ne|[ch]s|cc|lo|mi|pl|v[sc]|hi|ls|[gl][et])?\b|(pop|ldm\w*)\s.*\bpc\b|(mov|ldr|add)\w*\s+pc\b"
+)
+_POPCOUNT = re.compile(r"cnt\s+v\d+\.(8|16)b|vcnt\.8\s+([dq])")
+_OPTIONS = {
+    "aarch64": ["-mtriple=aarch64", "-mattr=+dotprod,+fullfp16"],
+    # What has no cycles are a few instructions at the edges of functions.
+    "arm": ["-mtriple=armv7-linux-gnueabihf", "-mattr=+neon,+vfp4", "-skip-unsupported-instructions=lack-sched"],
+}
 #: The instructions that multiply: bytes of weights that one takes, by the arrangement of its operands.
 _PRODUCT = re.compile(r"(cnt\s+v\d+|fmla\s+v\d+|sdot\s+v\d+|[su](?:mull|mlal)2?\s+v\d+\.\d+[hs], v\d+)\.(\d+)([bhs])")
 _BYTES = {"b": 1, "h": 2, "s": 4}
@@ -50,7 +59,9 @@ class Instruction:
     def macs(self) -> int:
         """Binary multiply-accumulates: the bits that it counts."""
         found = _POPCOUNT.match(self.text)
-        return 8 * int(found[1]) if found else 0
+        if found is None:
+            return 0
+        return 8 * int(found[1]) if found[1] else {"d": 64, "q": 128}[found[2]]
 
     @property
     def weight_bytes(self) -> int:
@@ -67,7 +78,7 @@ def read_assembly(text: str) -> list[Instruction]:
     labels: dict[str, int] = {}
     lines: list[str] = []
     for line in text.splitlines():
-        code = line.partition("//")[0].strip()
+        code = line.partition("//")[0].partition("@")[0].strip()
         if code.endswith(":"):
             labels[code[:-1]] = 4 * len(lines)
         elif code and not code.startswith((".", "#")):
@@ -105,16 +116,16 @@ def inner_loops(blocks: Sequence[Block]) -> Iterator[Block]:
 
 @functools.cache
 def tool() -> str:
-    """llvm-mca, whatever its version. Raises BnnccError where there is none."""
-    names = ["llvm-mca", *(f"llvm-mca-{version}" for version in range(30, 13, -1))]
+    """llvm-mca, the newest of those that say their version. Raises BnnccError where there is none."""
+    names = [*(f"llvm-mca-{version}" for version in range(30, 13, -1)), "llvm-mca"]
     found = next((path for name in names if (path := shutil.which(name))), None)
     if found is None:
         raise BnnccError("llvm-mca, which estimates what ARM code takes, is not installed: apt install llvm")
     return found
 
 
-def cycles_of(blocks: Sequence[Block], model: str, iterations: int = 50) -> list[float]:
-    """Cycles of each block on a processor of llvm-mca, when it follows itself many times."""
+def cycles_of(blocks: Sequence[Block], model: str, iterations: int = 50, arch: str = "aarch64") -> list[float]:
+    """Cycles of each block on a processor of llvm-mca, when it follows itself many times. arch: as targets spell it."""
     source = []
     for n, block in enumerate(blocks):
         source.append(f"# LLVM-MCA-BEGIN {n}")
@@ -123,7 +134,7 @@ def cycles_of(blocks: Sequence[Block], model: str, iterations: int = 50) -> list
     with tempfile.NamedTemporaryFile("w", suffix=".s") as file:
         file.write("\n".join(source) + "\n")
         file.flush()
-        command = [tool(), "-mtriple=aarch64", f"-mcpu={model}", "-mattr=+dotprod,+fullfp16", "--json"]
+        command = [tool(), *_OPTIONS[arch], f"-mcpu={model}", "--json"]
         command += [f"-iterations={iterations}", file.name]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
@@ -136,4 +147,6 @@ def _assembler(instruction: Instruction) -> str:
     """An instruction as llvm-mca takes it: an address in the code needs to be no real one, but one in reach."""
     far = instruction.branches or instruction.text.startswith("adr")
     text = re.sub(r"#?0x[0-9a-f]+$", "#0", instruction.text) if far else instruction.text
+    # A disassembler's bytes of alignment are an assembler's bits.
+    text = re.sub(r":0x([0-9a-f]+)\]", lambda bits: f":{int(bits[1], 16)}]", text)
     return "nop" if text.startswith((".byte", "udf")) else text

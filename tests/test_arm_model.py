@@ -64,7 +64,15 @@ def test_inner_loops_hold_no_other():
 
 @pytest.mark.parametrize(
     ("text", "macs"),
-    [("cnt v2.16b, v2.16b", 128), ("cnt v2.8b, v2.8b", 64), ("add v0.16b, v0.16b, v2.16b", 0), ("cntb x0", 0)],
+    [
+        ("cnt v2.16b, v2.16b", 128),
+        ("cnt v2.8b, v2.8b", 64),
+        ("add v0.16b, v0.16b, v2.16b", 0),
+        ("cntb x0", 0),
+        ("vcnt.8 q8, q9", 128),
+        ("vcnt.8 d8, d9", 64),
+        ("vadd.i8 q8, q9, q8", 0),
+    ],
 )
 def test_macs_are_the_bits_counted(text, macs):
     assert arm_model.Instruction(0, text).macs == macs
@@ -72,7 +80,17 @@ def test_macs_are_the_bits_counted(text, macs):
 
 @pytest.mark.parametrize(
     ("text", "goal"),
-    [("b.ne #0x1004", 0x1004), ("tbz w8, #3, #0x20", 0x20), ("ret", None), ("bics x0, x1, x2", None), ("b #0x8", 8)],
+    [
+        ("b.ne #0x1004", 0x1004),
+        ("tbz w8, #3, #0x20", 0x20),
+        ("ret", None),
+        ("bics x0, x1, x2", None),
+        ("b #0x8", 8),
+        ("bne #0x1004", 0x1004),
+        ("bls #0x20", 0x20),
+        ("bic r0, r1, #0x1", None),
+        ("pop {r4, pc}", None),
+    ],
 )
 def test_goals_of_branches(text, goal):
     assert arm_model.Instruction(0, text).goal == goal
@@ -86,3 +104,26 @@ def test_macs_per_cycle_of_a_loop():
     assert (loop.start, loop.iterations, loop.instructions, loop.macs) == (0x1004, 3, 6, 128)
     assert loop.cycles >= 3
     assert loop.macs_per_cycle == pytest.approx(128 / loop.cycles)
+
+
+@pytest.mark.parametrize("text", ["pop {r4, r5, pc}", "bx lr", "ldmfd sp!, {r4, pc}", "blhi #0x20", "bgt #0x8"])
+def test_branches_of_32_bit_code(text):
+    assert arm_model.Instruction(0, text).branches
+
+
+@pytest.mark.parametrize(
+    "text", ["pop {r4, lr}", "bic r0, r0, #1", "bfi r0, r1, #2, #3", "mov r0, pc", "ldm r0, {r1, r2}"]
+)
+def test_what_only_looks_like_a_branch(text):
+    assert not arm_model.Instruction(0, text).branches
+
+
+@pytest.mark.skipif(shutil.which("llvm-mca-19") is None, reason="needs llvm-mca-19")
+def test_cycles_of_32_bit_code():
+    """The disassembler's alignment in bytes, a store that the model has no cycles for, a sum that goes round."""
+    texts = ["vld1.64 {d2, d3}, [r0:0x80]!", "veor q2, q1, q3", "vcnt.8 q2, q2", "vadd.i8 q0, q0, q2",
+             "vstmia r1, {d0, d1}", "subs r2, r2, #1", "bne #0x1000"]  # fmt: skip
+    body = tuple(arm_model.Instruction(0x1000 + 4 * n, text, 3) for n, text in enumerate(texts))
+    loop = arm_model.loop_cost(body, "cortex-a72", "arm")
+    assert (loop.instructions, loop.macs) == (7, 128)
+    assert 3 <= loop.cycles < 7

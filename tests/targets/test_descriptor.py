@@ -85,3 +85,13 @@ def test_lanes_follow_the_number_of_outputs() -> None:
     assert v3.conv_lanes(5) == 8
     assert v3.conv_lanes(4) == 4
     assert v3.conv_lanes(1) == 1
+
+
+def test_32_bit_arm() -> None:
+    """Half the registers of AArch64, hard float, and processors of ARMv8 only where they are asked for."""
+    for name in ("rpi2", "rpi3-32", "rpi4-32", "armv7"):
+        target = get_target(name)
+        assert (target.arch, target.registers, target.flushes_denormals) == ("arm", 16, True)
+        assert target.tvm()["mfloat-abi"] == "hard"
+        assert ("crc32" in target.features) == (name in ("rpi3-32", "rpi4-32"))
+    assert not any(t.flushes_denormals for t in all_targets() if t.arch != "arm")
