@@ -149,8 +149,11 @@ def _plan(fields: dict[str, Any], weights: bytes) -> Plan:
     tensors = [Tensor(**{**t, "shape": tuple(t["shape"]), "value": _value(t["value"])}) for t in fields.pop("tensors")]
     init, steps = (_steps(fields.pop(part)) for part in ("init", "steps"))
     layers = tuple(Layer(**{**row, "output_shape": tuple(row["output_shape"])}) for row in fields.pop("layers"))
-    ports = {part: tuple(fields.pop(part)) for part in ("inputs", "outputs")}
-    return Plan(**fields, **ports, tensors=tuple(tensors), init=init, steps=steps, layers=layers, weights=weights)
+    inputs, outputs = (tuple(fields.pop(part)) for part in ("inputs", "outputs"))
+    return Plan(
+        **fields, inputs=inputs, outputs=outputs, tensors=tuple(tensors), init=init, steps=steps, layers=layers,
+        weights=weights,
+    )  # fmt: skip
 
 
 def _value(fields: dict[str, Any] | None) -> Value | None:
