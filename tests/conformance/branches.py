@@ -22,10 +22,12 @@ from bnncc.runtime.errors import UnsupportedMachineError
 from bnncc.targets.descriptor import get_target
 
 #: The targets that the exactness of a layer is shown on, and where each of them runs.
-DEVICES: Mapping[str, str] = {"native": "local", "x86-64-v3": "local", "rpi4": "qemu", "rpi2": "qemu"}
+DEVICES: Mapping[str, str] = {
+    "native": "local", "x86-64-v4": "local", "x86-64-v3": "local", "x86-64-v2": "local", "rpi4": "qemu", "rpi2": "qemu",
+}  # fmt: skip
 
-#: Of 32-bit ARM `make test` runs a part of the grid only.
-_LONG = ("rpi2",)
+#: Of these `make test` runs parts of the grid only: the former two are among the versions of `tests/test_versions.py`.
+_LONG = ("x86-64-v4", "x86-64-v2", "rpi2")
 
 TARGETS = [
     pytest.param(
