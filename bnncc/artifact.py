@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class Artifact:
     """A compiled network. versions: its plan and its kernels' object code, for each target that `target` stands for.
 
     float_layers: "float32", or "int8" by opt-in; `quantized` are then the layers that it took.
+    tuned: what tuning came to, a line for each version that was tuned.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Artifact:
     versions: tuple[Version, ...]
     float_layers: str = "float32"
     quantized: tuple[QuantizedLayer, ...] = ()
+    tuned: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def manifest(self) -> Manifest:

@@ -81,6 +81,7 @@ def _model_options(function: Any) -> Any:
         "bnncc compile nets.digits:Net --weights net.pt --input-shape 1,1,8,8 -t rpi4 -o digits.so",
         "bnncc compile model.pt2 -t rpi4 -o model.so --header model.h --runner model-run",
         "bnncc compile model.pt2 -o model.so --float-layers int8 --calibrate typical.npz",
+        "bnncc compile model.pt2 -o model.so --tune 5           five minutes' search for faster kernels",
         "bnncc compile model.pt2 -o model.so --dump-ir ir/      the IR after every pass",
     ),
 )
@@ -107,6 +108,12 @@ def _model_options(function: Any) -> Any:
 @click.option(
     "--keep-float", multiple=True, metavar="PATH", help="For int8: a module whose layers stay float; may be repeated."
 )
+@click.option(
+    "--tune",
+    type=float,
+    metavar="MINUTES",
+    help="Search for faster tiles first. They are kept, so that later compilations need not.",
+)
 @click.option("--no-cache", is_flag=True, help="Compile anew, even if this model was compiled before.")
 @click.option("--dump-ir", type=click.Path(file_okay=False, path_type=Path), help="Write the IR after every pass here.")
 def compile_command(
@@ -122,11 +129,13 @@ def compile_command(
     float_layers: str,
     calibrate: Path | None,
     keep_float: tuple[str, ...],
+    tune: float | None,
     no_cache: bool,
     dump_ir: Path | None,
 ) -> None:
     from bnncc import cache
     from bnncc.artifact import Artifact
+    from bnncc.targets import search, tuning
     from bnncc.targets.descriptor import get_targets
 
     specs = get_targets(target)  # before minutes of loading and tracing: a typo is known at once
@@ -135,30 +144,40 @@ def compile_command(
         raise BnnccError(
             "--float-layers int8 and --calibrate inputs.npz go together: the inputs show the ranges of the activations"
         )
+    if tune is not None:
+        if not 0 < tune < float("inf"):
+            raise BnnccError(f"--tune {tune:g}: expected a positive number of minutes")
+        search.check(specs, tuning.Database.read(tuning.database_path()))
     calibration = _load_arrays(calibrate)[0] if calibrate else None
     name = name or _identifier(output.stem)
-    entry = None
-    if model.endswith(".pt2") and Path(model).is_file() and not no_cache and not dump_ir and not calibrate:
-        entry = cache.Entry.of(cache.file_digest(Path(model)), specs, name, channels_last)
+    cached = model.endswith(".pt2") and Path(model).is_file() and not no_cache and not dump_ir and not calibrate
+
+    def entry() -> cache.Entry:
+        records = tuning.Database.read(tuning.database_path()).signature(specs)
+        return cache.Entry.of(cache.file_digest(Path(model)), specs, name, channels_last, records)
+
     with progress_bar() as progress:
-        versions = entry.load() if entry else None
+        versions = entry().load() if cached and not tune else None
         if versions:
             artifact = Artifact(name, target, versions)
         else:
             settings = {
                 "dump_ir": dump_ir,
                 "channels_last": channels_last or "none",
-                "cache": not no_cache and not entry,
+                "cache": not no_cache and not cached,
                 "float_layers": float_layers,
                 "calibration": calibration,
                 "keep_float": keep_float,
+                "tune": tune,
             }
             artifact = _compile(model, weights, shapes, target, name, settings, progress)
-            if entry:
-                entry.store(artifact.versions)
+            if cached:
+                entry().store(artifact.versions)
         artifact.save(output, header=header, runner=runner)
     size = output.stat().st_size
     weights_bytes = artifact.manifest["weights_bytes"]
+    for line in artifact.tuned:
+        click.echo(line)
     click.echo(f"{output}: {readable(size)} for {target}, of which {readable(weights_bytes)} are weights")
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from bnncc.frontends.torch import Imported, export_model, to_relax
 from bnncc.models import is_onnx
 from bnncc.passes import pipeline
 from bnncc.runtime.errors import BnnccError
+from bnncc.targets import search, tuning
 from bnncc.targets.descriptor import TargetSpec, get_targets
 from bnncc.targets.emit import compile_kernels
 from bnncc.targets.link import Version
@@ -48,6 +51,8 @@ class Options:
     calibration: for "int8", typical inputs in the form that `validate` takes, or a mapping of input names to arrays:
         their activations give the ranges.
     keep_float: for "int8", paths of modules whose layers stay float nevertheless.
+    tune: minutes for a search for better tiles (`bnncc.targets.search`), shared by all versions. It is kept in the
+        tuning database (`bnncc.targets.tuning`), which every compilation reads.
     """
 
     dump_ir: Path | None = None
@@ -56,6 +61,7 @@ class Options:
     float_layers: str = "float32"
     calibration: Iterable[Any] | None = None
     keep_float: Sequence[str] = ()
+    tune: float | None = None
 
     def __post_init__(self) -> None:
         if self.channels_last not in CHANNELS_LAST:
@@ -69,6 +75,8 @@ class Options:
             )
         if self.float_layers != "int8" and (self.calibration is not None or self.keep_float):
             raise BnnccError("calibration and keep_float go with float_layers='int8'")
+        if self.tune is not None and not (self.tune > 0 and math.isfinite(self.tune)):
+            raise BnnccError(f"tune is a positive number of minutes; {self.tune:g} was given")
 
 
 def compile(
@@ -99,26 +107,32 @@ def compile(
     report = progress or (lambda stage, done, total: None)
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise BnnccError(f"the model's name {name!r} is no C identifier: use letters, digits and underscores")
+    database = tuning.Database.read(tuning.database_path())
+    if options.tune:
+        search.check(specs, database)
     report("trace", 0, 1)
     imported = import_model(model, example_inputs)
     quantized: tuple[QuantizedLayer, ...] = ()
     if options.calibration is not None:
         report("calibrate", 0, 1)
         quantized = calibrate(imported, specs, options.calibration, options.keep_float)
-    entry = None
-    if options.cache and not options.dump_ir:
-        digest = cache.module_digest(imported.mod)
-        entry = cache.Entry.of(digest, specs, name, options.channels_last, quantized)
-    versions = entry.load() if entry else None
+    cached = options.cache and not options.dump_ir
+    digest = cache.module_digest(imported.mod) if cached else b""
+
+    def entry() -> cache.Entry:
+        return cache.Entry.of(digest, specs, name, options.channels_last, quantized, database.signature(specs))
+
+    versions = entry().load() if cached and not options.tune else None
+    tuned: list[search.Summary] = []
     if versions is None:
-        labelled = len(specs) > 1
         versions = tuple(
-            _compile_version(imported.mod, spec, name, options, quantized, report, labelled) for spec in specs
+            _compile_version(imported.mod, spec, name, options, quantized, report, database, tuned, len(specs))
+            for spec in specs
         )
-        if entry:
-            entry.store(versions)
+        if cached:
+            entry().store(versions)
     asked = target if isinstance(target, str) else target.name
-    return Artifact(name, asked, versions, options.float_layers, quantized)
+    return Artifact(name, asked, versions, options.float_layers, quantized, tuple(map(str, tuned)))
 
 
 def _compile_version(
@@ -128,10 +142,16 @@ def _compile_version(
     options: Options,
     quantized: Sequence[QuantizedLayer],
     report: Progress,
-    labelled: bool,
+    database: tuning.Database,
+    tuned: list[search.Summary],
+    siblings: int,
 ) -> Version:
-    """The imported module compiled for one target. labelled: progress, dumped IR and kernels carry its name."""
-    folder, stages = options.dump_ir, report
+    """The imported module compiled for one target.
+
+    tuned: what tuning came to goes here. siblings: versions of the artifact; if there are several, progress, dumped IR
+    and kernels carry the target's name.
+    """
+    folder, stages, labelled = options.dump_ir, report, siblings > 1
     if labelled:
         folder = folder / spec.name if folder else None
 
@@ -149,8 +169,11 @@ def _compile_version(
             tuple(replace(step, kernel=step.kernel + suffix) for step in part) for part in (plan.init, plan.steps)
         )
         plan = replace(plan, init=init, steps=steps)
+    if options.tune:
+        calls = Counter(step.kernel for step in plan.steps)
+        tuned.append(search.tune(kernels, calls, spec, database, 60 * options.tune / siblings, stages))
     stages("generate code", 0, 1)
-    code = compile_kernels(IRModule(kernels), spec)
+    code = compile_kernels(IRModule(kernels), spec, database.tiles(spec))
     stages("generate code", 1, 1)
     return Version(plan, spec, (code,))
 

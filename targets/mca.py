@@ -31,8 +31,9 @@ _OPTIONS = {
     # What has no cycles are a few instructions at the edges of functions.
     "arm": ["-mtriple=armv7-linux-gnueabihf", "-mattr=+neon,+vfp4", "-skip-unsupported-instructions=lack-sched"],
 }
-#: The instructions that multiply: bytes of weights that one takes, by the arrangement of its operands.
-_PRODUCT = re.compile(r"(cnt\s+v\d+|fmla\s+v\d+|sdot\s+v\d+|[su](?:mull|mlal)2?\s+v\d+\.\d+[hs], v\d+)\.(\d+)([bhs])")
+#: The instructions that multiply; those that widen take half a register of weights, the others what they write.
+_PRODUCT = re.compile(r"(?:cnt|fmla|sdot)\s+v\d+\.(\d+)([bhs])")
+_WIDENING_PRODUCT = re.compile(r"[su](?:mull|mlal)2?\s+v")
 _BYTES = {"b": 1, "h": 2, "s": 4}
 
 
@@ -66,8 +67,10 @@ class Instruction:
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that it multiplies or compares with inputs; 0 for what does neither."""
+        if _WIDENING_PRODUCT.match(self.text):
+            return 8
         found = _PRODUCT.match(self.text)
-        return int(found[2]) * _BYTES[found[3]] if found else 0
+        return int(found[1]) * _BYTES[found[2]] if found else 0
 
 
 Block = tuple[Instruction, ...]

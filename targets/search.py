@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -51,6 +51,7 @@ class Summary:
     that there was no time for. before, after: of all kernels together, with default tiles and with recorded ones.
     """
 
+    target: str
     searched: int
     improved: int
     left: int
@@ -67,7 +68,7 @@ class Summary:
         of = "the network's time" if self.unit == "seconds" else "the inner loops' cycles by llvm-mca"
         left = f"; no time for {self.left} more" if self.left else ""
         return (
-            f"tuned {self.searched} kernels, {self.improved} of them with a better tile{left}: "
+            f"tuned {self.searched} kernels for {self.target}, {self.improved} of them with a better tile{left}: "
             f"{100 * self.gain:.1f} % of {of} saved"
         )
 
@@ -82,12 +83,10 @@ def tune(
 ) -> Summary:
     """Searches until all kernels have a record or the time is over, and writes the database after each.
 
-    kernels: unscheduled. calls: how often a run of the network calls each. Raises BnnccError where the target can be
-    neither run nor estimated, and where the database cannot be written.
+    kernels: unscheduled. calls: how often a run of the network calls each. Raises BnnccError as `check`.
     """
     deadline = time.monotonic() + seconds
-    judge: _Judge = _Measured(target) if runs_here(target) else _Modelled(target)
-    database.write()  # it is known now, not after minutes
+    judge = _judge(target)
     progress("tune: what each kernel takes", 0, 1)
     kernels = {name: func for name, func in kernels.items() if calls.get(name)}
     requests = {name: request for name, func in kernels.items() if (request := request_of(func, target))}
@@ -119,7 +118,18 @@ def tune(
         if record:
             saved += sum(calls[n] * alone[n] for n in names) * (1 - record.after / record.before)
     before = sum(calls[name] * took for name, took in alone.items())
-    return Summary(searched, improved, len(queue) - searched, before, before - saved, judge.unit)
+    return Summary(target.name, searched, improved, len(queue) - searched, before, before - saved, judge.unit)
+
+
+def check(targets: Iterable[TargetSpec], database: Database) -> None:
+    """Raises BnnccError if a target can be neither run nor estimated, or the database cannot be written."""
+    for target in targets:
+        _judge(target)
+    database.write()
+
+
+def _judge(target: TargetSpec) -> _Judge:
+    return _Measured(target) if runs_here(target) else _Modelled(target)
 
 
 def runs_here(target: TargetSpec) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ class RecordedTiles:
 
     @property
     def signature(self) -> tuple[tuple[str, str], ...]:
-        """All that can make code compiled with these records differ from code compiled without; for cache keys."""
+        """All by which code compiled with these records can differ from code compiled without."""
         return tuple(
             (key, f"{astuple(r.default)} → {astuple(r.best)}")
             for key, r in sorted(self.records.items())
@@ -127,6 +127,10 @@ class Database:
 
     def tiles(self, target: TargetSpec) -> RecordedTiles:
         return RecordedTiles(dict(self._targets.get(target_key(target), {})))
+
+    def signature(self, targets: Sequence[TargetSpec]) -> tuple[Any, ...]:
+        """What the code for these targets owes to the records, for cache keys."""
+        return tuple(self.tiles(target).signature for target in targets)
 
     def add(self, target: TargetSpec, request: TileRequest, record: Record) -> None:
         self._targets.setdefault(target_key(target), {})[kernel_key(request)] = record

@@ -6,6 +6,7 @@ import torch
 
 # What is tested is what this checkout compiles, not what an earlier run left.
 os.environ["BNNCC_CACHE"] = "off"
+os.environ["BNNCC_TUNING"] = "off"
 
 # pytest-xdist runs a process per core; torch would start as many threads in each, to wait for each other.
 torch.set_num_threads(1)
