@@ -58,10 +58,10 @@ def schedule_elementwise(sch: Schedule, block: SBlockRV, target: TargetSpec, run
 
 
 def _schedule_joined(sch: Schedule, outer: list[LoopRV], channels: LoopRV, lanes: int, work: float) -> None:
-    """Vectors of `lanes` channels, one after the other without a loop."""
+    """Vectors of `lanes` channels, each of one tensor."""
     vectors, lane = sch.split(channels, [None, lanes])
     sch.vectorize(lane)
-    sch.unroll(vectors)
+    partition(sch, vectors)
     if outer:
         parallel_outer(sch, outer, work)
 

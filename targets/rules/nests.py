@@ -23,17 +23,17 @@ def schedule_rest(stages: Stages, target: TargetSpec, done: set[str], run: int =
     """Schedules every stage whose name is not in `done`, in program order.
 
     run: if not 0, stages read a concatenation in their channels, from one tensor for every `run` of them: loops over
-        channels are then written out, so that nothing is asked at run time.
+        channels are then divided where the tensors meet, so that nothing is asked within.
     """
     for name, role, block in [(stages.name(b), stages.role(b), b) for b in stages.blocks]:
         if name in done:
             continue
         if role == "pack.bits":
-            done = done | schedule_pack(stages, block, target, written_out=run > 0)
+            done = done | schedule_pack(stages, block, target, joined=run > 0)
         elif role == "pack.words":
             done = done | schedule_planar(stages, block, target)
         elif stages.reduces(block):
-            done = done | schedule_reduction(stages, block, target, written_out=run > 0)
+            done = done | schedule_reduction(stages, block, target, joined=run > 0)
         else:
             schedule_elementwise(stages.sch, block, target, run)
             done = done | {name}

@@ -14,7 +14,7 @@ from bnncc.dialect.stages import LANES
 from bnncc.targets.descriptor import TargetSpec
 from bnncc.targets.intrinsics import use_mask
 
-from .base import Stages, extent, iterations, parallel_outer, unroll
+from .base import Stages, extent, iterations, parallel_outer, partition, unroll
 
 
 def block_lanes(sch: Schedule, bits: SBlockRV) -> int:
@@ -67,10 +67,10 @@ class Masks:
         use_mask(self.sch, self.bits, self.blocks)
 
 
-def schedule_pack(stages: Stages, bits: SBlockRV, target: TargetSpec, *, written_out: bool = False) -> set[str]:
+def schedule_pack(stages: Stages, bits: SBlockRV, target: TargetSpec, *, joined: bool = False) -> set[str]:
     """Schedules one packing whose input lies in memory, with its padding; returns the names of the stages it took.
 
-    written_out: the loop over blocks of bytes is unrolled.
+    joined: its input is a concatenation, so that the loop over blocks of bytes is divided where the tensors meet.
     """
     sch = stages.sch
     last, names = _with_padding(stages, bits)
@@ -82,8 +82,9 @@ def schedule_pack(stages: Stages, bits: SBlockRV, target: TargetSpec, *, written
         masks.place(last)
     else:
         schedule_bits(sch, bits, last)
-    if written_out:
-        unroll(sch, sch.get_loops(last)[-2])
+    if joined:
+        # Not unrolled with masks: LLVM gathers those of straight-line code in vectors, by way of the stack.
+        (partition if masks else unroll)(sch, sch.get_loops(last)[-2])
     if masks:
         masks.finish()
     return names

@@ -24,10 +24,10 @@ from .base import (
 _SUMS = 8
 
 
-def schedule_reduction(stages: Stages, block: SBlockRV, target: TargetSpec, *, written_out: bool = False) -> set[str]:
+def schedule_reduction(stages: Stages, block: SBlockRV, target: TargetSpec, *, joined: bool = False) -> set[str]:
     """Schedules one reduction under the elementwise stage that follows it; returns the names of the stages it took.
 
-    written_out: the loop over channels is unrolled.
+    joined: it reads a concatenation, so that the loop over channels is divided where the tensors meet.
     """
     sch = stages.sch
     names = {stages.name(block)}
@@ -60,8 +60,8 @@ def schedule_reduction(stages: Stages, block: SBlockRV, target: TargetSpec, *, w
         if depthwise:
             partition(sch, po)  # the windows that reach into the padding
         parallel_outer(sch, outer[:-1], work)
-        if written_out:
-            unroll(sch, co)
+        if joined:
+            partition(sch, co)
     else:
         co = parallel_outer(sch, [*outer, co], work)
     unroll(sch, cv)
