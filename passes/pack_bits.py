@@ -121,7 +121,7 @@ class _Pack(Rewriter):
     # -- packed values -------------------------------------------------------------------------------------------
 
     def layout(self, channels: int, groups: int) -> BitLayout:
-        return BitLayout.for_target(channels, groups, self.target.word_bits, self.target.max_lanes)
+        return self.target.bit_layout(channels, groups)  # type: ignore[no-any-return]
 
     def is_ternary(self, source: Any) -> bool:
         definition = self.definition.get(source)

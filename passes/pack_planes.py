@@ -38,7 +38,7 @@ class _Pack(IntegerLayers):
     def operands(self, source: Any, values: np.ndarray, integers: np.ndarray, a: dict[str, Any]) -> Packed:
         out, per_group, *_ = integers.shape
         groups = a["groups"]
-        layout = BitLayout.for_target(per_group * groups, groups, self.target.word_bits, self.target.max_lanes)
+        layout = self.target.bit_layout(per_group * groups, groups)
         planes = bits_of(values)
         levels = self.pack("pack_levels", source, values, "planes", tuple(a["padding"]), layout, planes=planes)
         form, weight_planes = weight_form(integers)

@@ -12,6 +12,7 @@ import platform
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bnncc.runtime.bits import BitLayout
 from bnncc.runtime.errors import BnnccError
 
 #: What the x86-64 psABI levels ask for, in the spelling of /proc/cpuinfo.
@@ -31,6 +32,8 @@ _CPUINFO = {
 
 #: AArch64 processors that execute in order.
 _IN_ORDER = ("cortex-a34", "cortex-a35", "cortex-a53", "cortex-a55")
+#: Values whose comparison gives one mask.
+MASK_LANES = 16
 #: Output channels of one tile where the reduction of a binary convolution is in the lanes: their sums fill a vector.
 _LANE_BLOCK = 8
 #: Bytes of a reduction below which sums across lanes cost more than broadcasting the input.
@@ -84,6 +87,12 @@ class TargetSpec:
     @property
     def float_lanes(self) -> int:
         return self.vector_bits // 32
+
+    def bit_layout(self, channels: int, groups: int) -> BitLayout:
+        """How packed activations lie. Channels that fill no whole masks lie in blocks, as on targets without masks."""
+        whole = channels // groups % MASK_LANES == 0
+        lanes = self.max_lanes if whole or not self.masks else MASK_LANES
+        return BitLayout.for_target(channels, groups, self.word_bits, lanes)
 
     @property
     def carry_save(self) -> bool:

@@ -11,7 +11,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 
 from bnncc.dialect.stages import LANES
-from bnncc.targets.descriptor import TargetSpec
+from bnncc.targets.descriptor import MASK_LANES, TargetSpec
 from bnncc.targets.intrinsics import use_mask
 
 from .base import Stages, extent, iterations, parallel_outer, partition, unroll
@@ -50,7 +50,7 @@ class Masks:
     TVM forgets then who reads the block.
     """
 
-    def __init__(self, sch: Schedule, bits: SBlockRV, lanes: int = 16) -> None:
+    def __init__(self, sch: Schedule, bits: SBlockRV, lanes: int = MASK_LANES) -> None:
         *_, byte, v = sch.get_loops(bits)
         self.sch, self.bits, self.bytes = sch, bits, lanes // 8 if extent(sch, byte) % 2 == 0 else 1
         _, within = sch.split(byte, [None, self.bytes])

@@ -27,7 +27,7 @@ def _floats(*shape: int) -> np.ndarray:
 
 
 def _layout(target: TargetSpec, channels: int, groups: int = 1) -> BitLayout:
-    return BitLayout.for_target(channels, groups, target.word_bits, target.max_lanes)
+    return target.bit_layout(channels, groups)
 
 
 def _packed(values: np.ndarray, layout: BitLayout, ternary: bool) -> np.ndarray:
