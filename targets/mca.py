@@ -26,15 +26,17 @@ _BRANCH = re.compile(
     r"|(b|bl|bx|blx)(eq|ne|[ch]s|cc|lo|mi|pl|v[sc]|hi|ls|[gl][et])?\b|(pop|ldm\w*)\s.*\bpc\b|(mov|ldr|add)\w*\s+pc\b"
 )
 _POPCOUNT = re.compile(r"cnt\s+v\d+\.(8|16)b|vcnt\.8\s+([dq])")
+#: Architectures, as targets spell them, with llvm-mca's options.
 _OPTIONS = {
     "aarch64": ["-mtriple=aarch64", "-mattr=+dotprod,+fullfp16"],
     # What has no cycles are a few instructions at the edges of functions.
     "arm": ["-mtriple=armv7-linux-gnueabihf", "-mattr=+neon,+vfp4", "-skip-unsupported-instructions=lack-sched"],
 }
+ARCHITECTURES = tuple(_OPTIONS)
 #: The instructions that multiply; those that widen take half a register of weights, the others what they write.
-_PRODUCT = re.compile(r"(?:cnt|fmla|sdot)\s+v\d+\.(\d+)([bhs])")
-_WIDENING_PRODUCT = re.compile(r"[su](?:mull|mlal)2?\s+v")
-_BYTES = {"b": 1, "h": 2, "s": 4}
+_PRODUCT = re.compile(r"(?:cnt|fmla|sdot)\s+v\d+\.(\d+)([bhs])|(?:vcnt\.8|vfma\.f32|vmla\.f32)\s+([dq])")
+_WIDENING_PRODUCT = re.compile(r"[su](?:mull|mlal)2?\s+v|v(?:mull|mlal)\.[su]\d+\s")
+_BYTES = {"b": 1, "h": 2, "s": 4, "d": 8, "q": 16}
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,16 @@ class Instruction:
         if _WIDENING_PRODUCT.match(self.text):
             return 8
         found = _PRODUCT.match(self.text)
-        return int(found[1]) * _BYTES[found[2]] if found else 0
+        if found is None:
+            return 0
+        return _BYTES[found[3]] if found[3] else int(found[1]) * _BYTES[found[2]]
 
 
 Block = tuple[Instruction, ...]
 
 
 def read_assembly(text: str) -> list[Instruction]:
-    """The instructions of what LLVM prints, at made-up addresses, with those in the place of labels."""
+    """The instructions of what LLVM prints, at made-up addresses, with those in the place of branches' labels."""
     labels: dict[str, int] = {}
     lines: list[str] = []
     for line in text.splitlines():
@@ -91,7 +95,7 @@ def read_assembly(text: str) -> list[Instruction]:
 
 def _with_address(line: str, labels: dict[str, int]) -> str:
     *_, last = line.split(" ")
-    return line.removesuffix(last) + f"#0x{labels[last]:x}" if last in labels else line
+    return line.removesuffix(last) + f"#0x{labels[last]:x}" if last in labels and _BRANCH.match(line) else line
 
 
 def basic_blocks(instructions: Sequence[Instruction]) -> list[Block]:

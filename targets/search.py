@@ -3,7 +3,7 @@
 For each kernel of a network that takes a register tile, the longest first, the candidates of `rules.candidates` are
 built and compared with the default. What wins by more than `_GAIN` twice goes into the database (`tuning`), and the
 default where nothing does, so that no kernel is searched a second time. On a target that this machine runs, kernels are
-timed here on one thread; for an AArch64 one, llvm-mca estimates the cycles of their inner loops (`mca`).
+timed here on one thread; for another of ARM, llvm-mca estimates the cycles of their inner loops (`mca`).
 """
 
 from __future__ import annotations
@@ -113,10 +113,9 @@ def tune(
         improved += record.best != record.default
     tiles = database.tiles(target)
     saved = 0.0
-    for names in shared.values():
-        record = tiles.of(requests[names[0]])
-        if record:
-            saved += sum(calls[n] * alone[n] for n in names) * (1 - record.after / record.before)
+    for key, names in shared.items():
+        if found := tiles.of(requests[names[0]]):
+            saved += cost[key] * (1 - found.after / found.before)
     before = sum(calls[name] * took for name, took in alone.items())
     return Summary(target.name, searched, improved, len(queue) - searched, before, before - saved, judge.unit)
 
@@ -199,10 +198,7 @@ class _Measured:
 class _Timed:
     def __init__(self, func: tirx.PrimFunc, tiles: Sequence[Tile], target: TargetSpec) -> None:
         names = [f"tile{index}" for index in range(len(tiles))]
-        functions = {
-            name: _scheduled(func, target, lambda _, tile=tile: tile, name)
-            for name, tile in zip(names, tiles, strict=True)
-        }
+        functions = {name: _with_tile(func, target, tile, name) for name, tile in zip(names, tiles, strict=True)}
         module = emit.build_scheduled(tvm.IRModule(functions), target).jit()
         self._arguments = _arguments(func)
         results = [self._results(module, name) for name in names]
@@ -282,10 +278,10 @@ class _Modelled:
     unit = "cycles"
 
     def __init__(self, target: TargetSpec) -> None:
-        if target.arch != "aarch64":
+        if target.arch not in mca.ARCHITECTURES:
             raise BnnccError(
-                f"cannot tune for target {target.name}: this machine cannot run its code, and only 64-bit ARM code is "
-                "estimated by llvm-mca"
+                f"cannot tune for target {target.name}: this machine cannot run its code, and llvm-mca estimates only "
+                "that of ARM"
             )
         mca.tool()
         self.target = target
@@ -316,14 +312,14 @@ def _cycles(func: tirx.PrimFunc, request: TileRequest, tile: Tile, target: Targe
     A loop is known by the bytes of weights that an iteration takes. What is around it, the epilogue too, is left out.
     inf: there is no such loop, because all steps are unrolled.
     """
-    built = emit.build_scheduled(tvm.IRModule({"k": _scheduled(func, target, lambda _: tile)}), target)
+    built = emit.build_scheduled(tvm.IRModule({"kernel": _with_tile(func, target, tile)}), target)
     code = mca.read_assembly(str(built.mod.inspect_source("asm")))
     loops = [body for body in mca.inner_loops(mca.basic_blocks(code)) if any(i.weight_bytes for i in body)]
     if not loops:
         return math.inf
     model = mca.MODELS.get(target.cpu, target.cpu)
     taken = [sum(i.weight_bytes for i in body) for body in loops]
-    took = list(zip(taken, mca.cycles_of(loops, model), strict=True))
+    took = list(zip(taken, mca.cycles_of(loops, model, arch=target.arch), strict=True))
     shape = request.shape
     step = shape.weight_bytes // (shape.groups * shape.blocks * shape.steps)  # of one vector
     rest = shape.width % tile.cols
@@ -336,6 +332,10 @@ def _cycles(func: tirx.PrimFunc, request: TileRequest, tile: Tile, target: Targe
     left = per_byte(rest) if rest else whole
     bytes_of_pixel = shape.weight_bytes * shape.images * shape.height
     return bytes_of_pixel * ((shape.width - rest) * whole + rest * (left if math.isfinite(left) else whole))
+
+
+def _with_tile(func: tirx.PrimFunc, target: TargetSpec, tile: Tile, name: str = "kernel") -> tirx.PrimFunc:
+    return _scheduled(func, target, lambda _: tile, name)
 
 
 def _scheduled(func: tirx.PrimFunc, target: TargetSpec, tiles: Tiles, name: str = "kernel") -> tirx.PrimFunc:

@@ -263,14 +263,16 @@ needs_mca = pytest.mark.skipif(
 
 
 @needs_mca
+@pytest.mark.parametrize("target", ["rpi4", "rpi3", "rpi4-32", "rpi2"])
 @pytest.mark.parametrize(
-    "made", [lambda: conv(RPI4, (1, 10, 10), 128, 64), lambda: float_conv(RPI4, (1, 10, 15), 16, 32)]
+    "made", [lambda t: conv(t, (1, 10, 10), 128, 64), lambda t: float_conv(t, (1, 10, 15), 16, 32)]
 )
-def test_arm_kernels_are_estimated(tmp_path, made):
-    kernel = made()
+def test_arm_kernels_are_estimated(tmp_path, made, target):
+    spec = get_target(target)
+    kernel = made(spec)
     summary, database = run_search(kernel, tmp_path / "tuning.json")
     assert (summary.searched, summary.unit) == (1, "cycles")
-    record = database.tiles(RPI4).of(request(kernel))
+    record = database.tiles(spec).of(request(kernel))
     shape = request(kernel).shape
     # The cores multiply or count at most two vectors of 16 bytes of weights in a cycle, for each pixel.
     assert record.before >= record.after >= shape.weight_bytes * shape.height * shape.width / 32
@@ -289,6 +291,8 @@ def test_assembly_is_read_with_labels_as_addresses():
         ("cnt v2.16b, v2.16b", 16), ("cnt v2.8b, v2.8b", 8), ("fmla v0.4s, v1.4s, v2.s[1]", 16),
         ("fmla v0.2s, v1.2s, v2.s[1]", 8), ("sdot v0.4s, v1.16b, v2.16b", 16), ("smull v0.8h, v1.8b, v2.8b", 8),
         ("smlal2 v0.8h, v1.16b, v2.16b", 8), ("add v0.16b, v0.16b, v1.16b", 0), ("fmadd s0, s1, s2, s3", 0),
+        ("vcnt.8 q8, q8", 16), ("vcnt.8 d8, d8", 8), ("vfma.f32 q8, q9, d0[1]", 16), ("vmull.s8 q8, d0, d1", 8),
+        ("vadd.i8 q8, q8, q9", 0), ("vmla.i32 q8, q9, q10", 0),
     ],
 )  # fmt: skip
 def test_bytes_of_weights(text, taken):
