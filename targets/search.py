@@ -69,7 +69,7 @@ class Summary:
         left = f"; no time for {self.left} more" if self.left else ""
         return (
             f"tuned {self.searched} kernels for {self.target}, {self.improved} of them with a better tile{left}: "
-            f"{100 * self.gain:.1f} % of {of} saved"
+            f"what is recorded saves {100 * self.gain:.1f} % of {of}"
         )
 
 
