@@ -14,9 +14,12 @@ import tvm
 from tvm import s_tir, tirx
 from tvm.target import Target
 
+from bnncc.dialect.stages import UNEVEN
+
 from .descriptor import TargetSpec
 from .lowering import pipeline_of
 from .rules import rules_for
+from .rules.base import Stages
 from .rules.register_tile import Tiles, default_tile
 
 logger = logging.getLogger(__name__)
@@ -48,11 +51,19 @@ def _schedule_one(name: str, func: tirx.PrimFunc, rules: list) -> tirx.PrimFunc:
         if isinstance(sch, str):
             logger.debug("%s: %s does not apply: %s", name, rule.name, sch)
             continue
-        done = sch.mod["main"].with_attr(SCHEDULED_BY, rule.name)
+        done = _unrolled(sch).with_attr(SCHEDULED_BY, rule.name)
         symbol = func.attrs.get("global_symbol", name) if func.attrs else name
         return done.with_attr("global_symbol", str(symbol)).with_attr("tirx.is_scheduled", True)
     logger.debug("%s: no schedule rule takes it; it runs as naive loops", name)
     return func.with_attr("global_symbol", name) if not func.attrs or "global_symbol" not in func.attrs else func
+
+
+def _unrolled(sch: s_tir.Schedule) -> tirx.PrimFunc:
+    """The scheduled function. Where the lanes of a vector differ, its unrolled loops are unrolled here: TVM vectorises
+    before it unrolls, and makes a loop of every vector whose lanes it cannot prove to be alike in each iteration."""
+    stages = Stages(sch)
+    uneven = any(int(sch.get(bits).annotations[UNEVEN]) for bits in stages.of("pack.bits"))
+    return tirx.transform.UnrollLoop()(sch.mod)["main"] if uneven else sch.mod["main"]
 
 
 def unscheduled(mod: tvm.IRModule) -> list[str]:

@@ -13,7 +13,7 @@ from tvm import te, tirx
 
 from bnncc.runtime.bits import BitLayout
 
-from .stages import COMPARE, LANES, ROLE, Padding, extents, mismatches_of, nearest, staged, window
+from .stages import COMPARE, LANES, ROLE, UNEVEN, Padding, extents, mismatches_of, nearest, staged, window
 
 #: Pixels of an NCHW image that are packed beside each other.
 _PLANAR_LANES = 16
@@ -49,7 +49,7 @@ def _packed(bits: Callable[..., Any], shape: tuple[int, ...], layout: BitLayout)
         shape,
         lambda *at: te.sum(bits(*at, v), axis=[v]),
         name="pack_bits",
-        attrs={ROLE: "pack.bits", LANES: layout.lanes},
+        attrs={ROLE: "pack.bits", LANES: layout.lanes, UNEVEN: int(layout.group_channels % layout.lanes != 0)},
     )
     return staged(shape, lambda *at: tirx.Cast("uint8", wide(*at)), "pack", "pack")
 

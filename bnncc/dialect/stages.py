@@ -37,6 +37,8 @@ from tvm import te, tirx
 ROLE = "bnncc.role"
 #: Key of the annotation of "pack.bits" that says how many bytes a block of the layout has.
 LANES = "bnncc.lanes"
+#: Key of the annotation of "pack.bits" that says whether some of the lanes of a vector can be padding and others not.
+UNEVEN = "bnncc.uneven"
 #: Key of the annotation of "binary_conv2d.lane_total" that says how many popcounts of a byte each lane has summed.
 STEPS = "bnncc.steps"
 #: Key of the annotation of "binary_conv2d" that says how many words a step of its reduction takes, if more than one.

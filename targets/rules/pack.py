@@ -10,7 +10,7 @@ from __future__ import annotations
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 
-from bnncc.dialect.stages import LANES
+from bnncc.dialect.stages import LANES, UNEVEN
 from bnncc.targets.descriptor import MASK_LANES, TargetSpec
 from bnncc.targets.intrinsics import use_mask
 
@@ -32,6 +32,9 @@ def schedule_bits(sch: Schedule, bits: SBlockRV, pack: SBlockRV) -> None:
     lanes = block_lanes(sch, bits)
     byte = sch.get_loops(pack)[-1]
     block, lane = sch.split(byte, [None, lanes])
+    if int(sch.get(bits).annotations[UNEVEN]):
+        # Of the vectors of the last block only one holds channels and padding, and only that one goes lane by lane.
+        partition(sch, block)
     sch.vectorize(lane)
     sch.compute_at(bits, block, preserve_unit_loops=True)
     *_, lane, v = sch.get_loops(bits)
