@@ -51,19 +51,19 @@ def _schedule_one(name: str, func: tirx.PrimFunc, rules: list) -> tirx.PrimFunc:
         if isinstance(sch, str):
             logger.debug("%s: %s does not apply: %s", name, rule.name, sch)
             continue
-        done = _unrolled(sch).with_attr(SCHEDULED_BY, rule.name)
+        done = _unrolled(func, sch.mod["main"]).with_attr(SCHEDULED_BY, rule.name)
         symbol = func.attrs.get("global_symbol", name) if func.attrs else name
         return done.with_attr("global_symbol", str(symbol)).with_attr("tirx.is_scheduled", True)
     logger.debug("%s: no schedule rule takes it; it runs as naive loops", name)
     return func.with_attr("global_symbol", name) if not func.attrs or "global_symbol" not in func.attrs else func
 
 
-def _unrolled(sch: s_tir.Schedule) -> tirx.PrimFunc:
-    """The scheduled function. Where the lanes of a vector differ, its unrolled loops are unrolled here: TVM vectorises
+def _unrolled(func: tirx.PrimFunc, scheduled: tirx.PrimFunc) -> tirx.PrimFunc:
+    """What became of `func`. Where the lanes of a vector differ, its unrolled loops are unrolled here: TVM vectorises
     before it unrolls, and makes a loop of every vector whose lanes it cannot prove to be alike in each iteration."""
-    stages = Stages(sch)
-    uneven = any(int(sch.get(bits).annotations[UNEVEN]) for bits in stages.of("pack.bits"))
-    return tirx.transform.UnrollLoop()(sch.mod)["main"] if uneven else sch.mod["main"]
+    stages = Stages(s_tir.Schedule(func))
+    uneven = any(int(stages.sch.get(bits).annotations[UNEVEN]) for bits in stages.of("pack.bits"))
+    return tirx.transform.UnrollLoop()(tvm.IRModule({"main": scheduled}))["main"] if uneven else scheduled
 
 
 def unscheduled(mod: tvm.IRModule) -> list[str]:
