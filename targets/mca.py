@@ -17,8 +17,13 @@ from dataclasses import dataclass
 
 from bnncc.runtime.errors import BnnccError
 
-#: Processor of a target → the one that llvm-mca has a model of. "generic" is what in-order cores compile for.
-MODELS = {"cortex-a76": "neoverse-n1", "generic": "cortex-a53"}
+#: Architecture and processor of a target → the processor that llvm-mca has a model of, where that is another one.
+#: "generic" is what in-order cores compile for. Of 32-bit code on the Cortex-A53 it knows nothing; Swift stands in.
+_MODELS = {
+    ("aarch64", "cortex-a76"): "neoverse-n1",
+    ("aarch64", "generic"): "cortex-a53",
+    ("arm", "cortex-a53"): "swift",
+}
 
 _BRANCH = re.compile(
     r"(b|bl|br|blr|ret|cbz|cbnz|tbz|tbnz|b\.\w+)\b"
@@ -119,6 +124,11 @@ def inner_loops(blocks: Sequence[Block]) -> Iterator[Block]:
     for first, last in back:
         if not any(first <= f and n <= last and (f, n) != (first, last) for f, n in back):
             yield tuple(i for block in blocks[first : last + 1] for i in block)
+
+
+def model_of(arch: str, cpu: str) -> str:
+    """The processor whose model stands for a target's."""
+    return _MODELS.get((arch, cpu), cpu)
 
 
 @functools.cache

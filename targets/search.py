@@ -317,7 +317,7 @@ def _cycles(func: tirx.PrimFunc, request: TileRequest, tile: Tile, target: Targe
     loops = [body for body in mca.inner_loops(mca.basic_blocks(code)) if any(i.weight_bytes for i in body)]
     if not loops:
         return math.inf
-    model = mca.MODELS.get(target.cpu, target.cpu)
+    model = mca.model_of(target.arch, target.cpu)
     taken = [sum(i.weight_bytes for i in body) for body in loops]
     took = list(zip(taken, mca.cycles_of(loops, model, arch=target.arch), strict=True))
     shape = request.shape

@@ -15,7 +15,9 @@ class Conv(TiledAnchor):
 
     def accumulators(self, dtype_bits: int, lanes: int) -> int:
         registers = max(1, dtype_bits * lanes // self.target.vector_bits)
-        return (self.target.registers - 2) // registers  # one input, one spare
+        # One input and one spare. Where 32-bit ARM has no more, it loads inputs ahead and spills sums.
+        taken = 4 if self.target.arch == "arm" else 2
+        return (self.target.registers - taken) // registers
 
 
 class Dense(Conv):

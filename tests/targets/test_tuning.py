@@ -263,7 +263,7 @@ needs_mca = pytest.mark.skipif(
 
 
 @needs_mca
-@pytest.mark.parametrize("target", ["rpi4", "rpi3", "rpi4-32", "rpi2"])
+@pytest.mark.parametrize("target", ["rpi5", "rpi4", "rpi3", "rpi4-32", "rpi3-32", "rpi2"])
 @pytest.mark.parametrize(
     "made", [lambda t: conv(t, (1, 10, 10), 128, 64), lambda t: float_conv(t, (1, 10, 15), 16, 32)]
 )
