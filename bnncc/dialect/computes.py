@@ -65,7 +65,8 @@ def binary_conv2d(
     in_lanes: if not 0, weights [OB, KH, KW, V, OL, in_lanes] of one group whose last axis are bytes of the reduction:
        those of one pixel (V vectors of them), or, where a pixel has fewer, of neighbouring pixels, with the same
        weights for each.
-    carry_save: bits are added up before they are counted, where neither operand is ternary.
+    carry_save: bits are added up before they are counted, where neither operand is ternary and a word can hold the sum
+        of its own counts: not where it is a byte.
     """
     if in_lanes:
         mismatches, blocks, lanes = _lane_counts(x, w, strides, dilation)
@@ -96,7 +97,7 @@ def binary_conv2d(
         return f
 
     shape = (batch, oh, ow, groups, blocks, lanes)
-    if carry_save and not (ternary_x or ternary_w):
+    if carry_save and str(x.dtype) != "uint8" and not (ternary_x or ternary_w):
 
         def differing(n: Any, y: Any, x_: Any, g: Any, b: Any, lane: Any, i: Any, j: Any, k: Any) -> Any:
             pixel = (n, y * strides[0] + i * dilation[0], x_ * strides[1] + j * dilation[1])
