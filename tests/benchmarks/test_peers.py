@@ -10,6 +10,7 @@ zoo = pytest.importorskip("benchmarks.zoo")
 
 
 def test_onnx_runtime_computes_what_the_twin_does():
+    torch.manual_seed(0)
     twin = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.PReLU(8)).eval()
     x = torch.randn(1, 3, 10, 10)
     found, missing = peers.runners(twin, x, which=("ORT fp32", "ORT int8"))
