@@ -167,23 +167,24 @@ _TRIES = 500
 def place(buffers: list[Buffer]) -> int:
     """Gives every buffer an offset such that no two alive at once overlap; returns the arena's size in bytes.
 
-    First fit, in the best of a few orders: the largest buffers first, or those that live longest; as long as these take
-    more than ever is alive at once, single buffers are moved to other places in the order. Deterministic.
+    First fit, the largest buffers first, or those that live longest: the better of both. As long as an order takes more
+    than ever is alive at once, single buffers are moved to other places in it. Deterministic.
     """
-    least = _most_alive(buffers)
-    largest = sorted(buffers, key=lambda x: (-x.size, x.first))
-    longest = sorted(buffers, key=lambda x: (x.first - x.last, -x.size))
-    best, order = min(((_first_fit(order), order) for order in (largest, longest)), key=lambda found: found[0])
-    draw = random.Random(0)
-    for _ in range(_TRIES):
-        if best <= least:
-            break
-        moved = list(order)
-        moved.insert(draw.randrange(len(order)), moved.pop(draw.randrange(len(order))))
-        total = _first_fit(moved)
-        if total <= best:
-            best, order = total, moved
-    return _first_fit(order)
+    least, draw = _most_alive(buffers), random.Random(0)
+    found: list[tuple[int, list[Buffer]]] = []
+    for key in (lambda x: (-x.size, x.first)), (lambda x: (x.first - x.last, -x.size)):
+        order = sorted(buffers, key=key)
+        best = _first_fit(order)
+        for _ in range(_TRIES):
+            if best <= least:
+                break
+            moved = list(order)
+            moved.insert(draw.randrange(len(order)), moved.pop(draw.randrange(len(order))))
+            total = _first_fit(moved)
+            if total <= best:
+                best, order = total, moved
+        found.append((best, order))
+    return _first_fit(min(found, key=lambda pair: pair[0])[1])
 
 
 def _most_alive(buffers: list[Buffer]) -> int:

@@ -77,8 +77,9 @@ def schedule_pack(stages: Stages, bits: SBlockRV, target: TargetSpec, *, joined:
     """
     sch = stages.sch
     last, names = _with_padding(stages, bits)
+    work = iterations(sch, bits) / target.float_lanes
     masks = Masks(sch, bits) if in_order(sch, bits, target) else None
-    parallel_outer(sch, sch.get_loops(last)[:2], iterations(sch, bits) / target.float_lanes)
+    parallel_outer(sch, sch.get_loops(last)[:2], work)
     if len(sch.get(last).iter_vars) == 5:  # ternary: [N, H, W, 2, bytes]
         unroll(sch, sch.get_loops(last)[-2])
     if masks:
