@@ -13,8 +13,8 @@ from tvm.s_tir.schedule import LoopRV, SBlockRV
 from bnncc.dialect.stages import ROLE
 from bnncc.targets.descriptor import TargetSpec
 
-#: Vector operations (about) that make a task worth handing to another thread. Measured on whole networks: a step that one
-#: thread computes alone also fetches half of its input from the other core's cache.
+#: Vector operations (about) that make a task worth handing to another thread. Measured on whole networks: a step that
+#: one thread computes alone also fetches half of its input from the other core's cache.
 TASK_WORK = 3_000
 
 #: Kinds of block axes, as TVM numbers them.
