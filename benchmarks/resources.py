@@ -47,27 +47,37 @@ def running(artifact: Path, version: VersionEntry) -> dict[str, int]:
 
 
 def alive_bytes(version: VersionEntry) -> int:
-    """The bytes of the largest set of tensors of the arena that hold something needed at the same time.
+    """The bytes of the arena that hold something needed, in the step that needs the most.
 
-    A tensor is alive from the step that writes it first to the one that reads it last. Tensors at one address at the
-    same time are one: views, and results that overwrite an operand.
+    Found from the steps alone, not by the planner: what a step reads is needed since the step that wrote there last,
+    under whatever name, for a view is another tensor of the same memory.
     """
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
-    for index, step in enumerate(version["steps"]):
-        for number in step["args"]:
-            first.setdefault(number, index)
-            last[number] = index
-    most = 0
-    arena = [t for t in version["tensors"] if t["space"] == "arena" and t["id"] in first]
-    for index in range(len(version["steps"])):
-        places: dict[int, int] = {}
-        for tensor in arena:
-            if first[tensor["id"]] <= index <= last[tensor["id"]]:
-                size = tensor_bytes(tensor["shape"], tensor["dtype"])
-                places[tensor["offset"]] = max(places.get(tensor["offset"], 0), size)
-        most = max(most, sum(places.values()))
-    return most
+
+    def span(number: int) -> tuple[int, int] | None:
+        tensor = version["tensors"][number]
+        start = tensor["offset"]
+        return (start, start + tensor_bytes(tensor["shape"], tensor["dtype"])) if tensor["space"] == "arena" else None
+
+    written: list[tuple[int, int, int]] = []
+    needed: list[list[tuple[int, int]]] = [[] for _ in version["steps"]]
+    for now, step in enumerate(version["steps"]):
+        reads, writes = step["args"][: -step["outputs"]], step["args"][-step["outputs"] :]
+        for start, end in filter(None, map(span, reads)):
+            since = max((at for at, first, last in written if first < end and start < last), default=0)
+            for at in range(since, now + 1):
+                needed[at].append((start, end))
+        for start, end in filter(None, map(span, writes)):
+            written.append((now, start, end))
+            needed[now].append((start, end))
+    return max(map(_covered, needed), default=0)
+
+
+def _covered(spans: list[tuple[int, int]]) -> int:
+    total = reached = 0
+    for start, end in sorted(spans):
+        total += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def _fresh(arguments: list[str], environment: dict[str, str]) -> dict[str, Any]:

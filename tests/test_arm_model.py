@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-arm_model = pytest.importorskip("benchmarks.arm_model")
+from benchmarks import arm_model
 
 _LOOP = [
     "movi v0.16b, #0", "ldr q1, [x0], #16", "eor v2.16b, v1.16b, v3.16b", "cnt v2.16b, v2.16b",

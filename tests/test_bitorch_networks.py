@@ -2,7 +2,7 @@
 
 import pytest
 
-bitorch_networks = pytest.importorskip("benchmarks.bitorch_networks")
+from benchmarks import bitorch_networks
 
 # Side of the image: small enough to be quick, large enough for every pooling.
 _SIDES = {"LeNet": None, "QuickNetSmall": 64}

@@ -5,11 +5,10 @@ import json
 import sys
 import xml.etree.ElementTree as ElementTree
 
-import pytest
 from reports import report
 from rich.console import Console
 
-compare = pytest.importorskip("benchmarks.compare")
+from benchmarks import compare
 
 
 def printed(renderable):
@@ -59,7 +58,8 @@ def test_the_command_reads_two_files(tmp_path, capsys, monkeypatch):
 
 
 def test_every_section_has_a_table_with_its_items():
-    tables = pytest.importorskip("benchmarks.tables")
+    from benchmarks import tables
+
     data = report()
     for section, make in tables.SECTIONS.items():
         text = "".join(printed(table) for table in make(data[section]))
@@ -67,7 +67,8 @@ def test_every_section_has_a_table_with_its_items():
 
 
 def test_plots_are_drawn_of_what_there_is(tmp_path):
-    plot = pytest.importorskip("benchmarks.plot")
+    from benchmarks import plot
+
     paths = plot.plots(report(), tmp_path / "abacus")
     assert [path.name for path in paths] == [
         "abacus-roofline-QuickNet.svg", "abacus-convolutions.svg", "abacus-networks.svg"

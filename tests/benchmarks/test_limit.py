@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-limit = pytest.importorskip("benchmarks.limit")
+from benchmarks import limit
 
 # (flags, bytes of a vector, loop, the instruction that does the work, how many of it a round has)
 _LOOPS = [

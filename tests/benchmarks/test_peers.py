@@ -1,12 +1,10 @@
 """The peers' models: twins of the right shape, and a peer that fails."""
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 
-peers = pytest.importorskip("benchmarks.peers")
-zoo = pytest.importorskip("benchmarks.zoo")
+from benchmarks import peers, zoo
 
 
 def test_onnx_runtime_computes_what_the_twin_does():
@@ -34,7 +32,8 @@ def test_a_peer_that_fails_is_missing_with_its_reason(monkeypatch):
 
 
 def test_a_float_twin_has_the_weights_of_its_network_as_signs_and_no_other_sign():
-    networks = pytest.importorskip("benchmarks.bitorch_networks")
+    from benchmarks import bitorch_networks as networks
+
     model, _ = networks.build("QuickNetSmall", side=64)
     twin = zoo.float_twin(networks.build("QuickNetSmall", side=64)[0])
     weights = {name: weight for name, weight in model.named_parameters() if weight.dim() == 4}

@@ -1,9 +1,8 @@
 """The independent checker of the arena, and the processes that measure."""
 
-import pytest
 from reports import step, tensor, version
 
-resources = pytest.importorskip("benchmarks.resources")
+from benchmarks import resources
 
 
 def alive(steps, tensors):

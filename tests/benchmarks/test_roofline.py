@@ -3,7 +3,7 @@
 import pytest
 from reports import LIMITS, layer, step, tensor, version
 
-roofline = pytest.importorskip("benchmarks.roofline")
+from benchmarks import roofline
 
 
 def bounds(entry, isa="native"):
@@ -82,7 +82,8 @@ def test_the_total_leaves_out_steps_that_only_move():
 
 
 def test_every_product_of_a_real_network_has_its_step():
-    networks = pytest.importorskip("benchmarks.networks")
+    from benchmarks import networks
+
     artifact, _ = networks.compiled("LeNet", *networks.build("LeNet"))
     (entry,) = artifact.manifest["versions"]
     works = roofline.work_of(entry)

@@ -1,5 +1,5 @@
 """What a network takes: its arena against the tensors alive at once, its file against its weights, its process against
-both. Lifetimes are found here from the manifest's steps alone, not by the planner."""
+both."""
 
 import subprocess
 import sys
@@ -10,8 +10,8 @@ from torch import nn
 
 import bnncc
 from benchmarks.bitorch_networks import build
+from benchmarks.resources import alive_bytes
 from bnncc.layers import QConv2d
-from bnncc.runtime.manifest import tensor_bytes
 
 #: Prints the bytes by which running an artifact makes a process grow that has loaded the runtime already.
 MEASURE = """
@@ -29,10 +29,6 @@ print(peak() - before)
 """
 
 
-#: Bytes of a cache line, of which every tensor takes whole ones.
-LINE = 64
-
-
 class Branches(nn.Module):
     """Shortcuts that live long, concatenations, and tensors of very different sizes."""
 
@@ -48,36 +44,6 @@ class Branches(nn.Module):
         for conv, norm in zip(self.body, self.norm, strict=True):
             x = x + norm(conv(x))
         return self.down(torch.cat([x, first], 1)).mean((2, 3))
-
-
-def alive(version):
-    """The most bytes of the arena that hold something still to be read, over all steps."""
-    tensors = version["tensors"]
-
-    def place(index):
-        tensor = tensors[index]
-        start, lines = tensor["offset"], -(-tensor_bytes(tensor["shape"], tensor["dtype"]) // LINE)
-        return (start, start + lines * LINE) if tensor["space"] == "arena" else None
-
-    written, needed = [], [[] for _ in version["steps"]]
-    for now, step in enumerate(version["steps"]):
-        reads, writes = step["args"][: -step["outputs"]], step["args"][-step["outputs"] :]
-        for start, end in filter(None, map(place, reads)):
-            since = max(at for at, first, last in written if first < end and start < last)
-            for at in range(since, now + 1):
-                needed[at].append((start, end))
-        for span in filter(None, map(place, writes)):
-            written.append((now, *span))
-            needed[now].append(span)
-    return max(map(covered, needed), default=0)
-
-
-def covered(spans):
-    total = reached = 0
-    for start, end in sorted(spans):
-        total += max(0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
 
 
 def network(name):
@@ -104,7 +70,7 @@ def saved(request, tmp_path_factory):
 
 def test_the_arena_holds_little_but_what_is_alive(saved):
     (version,) = saved[0]["versions"]
-    assert alive(version) <= version["arena_bytes"] <= 1.05 * alive(version)
+    assert alive_bytes(version) <= version["arena_bytes"] <= 1.05 * alive_bytes(version)
 
 
 def test_the_file_is_weights_and_little_else(saved):
