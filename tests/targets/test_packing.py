@@ -9,8 +9,9 @@ from bnncc.dialect import computes, computes_images, reference
 from bnncc.runtime.bits import BitLayout
 from bnncc.targets import emit
 from bnncc.targets.descriptor import TargetSpec
+from bnncc.targets.rules import pack
 
-from .kernels import Kernel
+from .kernels import TARGETS, Kernel
 
 rng = np.random.default_rng(1)
 
@@ -60,6 +61,18 @@ def test_channels_around_word_boundaries(target: TargetSpec, channels: int, data
     given = x if data_layout == "NHWC" else np.ascontiguousarray(x.transpose(0, 3, 1, 2))
     kernel = Kernel(target, lambda a: computes.pack(a, layout, "not_lt", data_layout=data_layout), given)
     np.testing.assert_array_equal(kernel(given), _packed(reference.signs(x, "not_lt"), layout, False))
+
+
+def test_bits_that_llvm_sees_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the unrolling LLVM meets loops over lanes; its vectorizer of straight-line code lost bits of them."""
+    monkeypatch.setattr(emit, "_unrolled", lambda func, scheduled: scheduled)
+    monkeypatch.setattr(pack, "partition", lambda sch, loop: None)
+    if "x86-64-v2" not in TARGETS:
+        pytest.skip("this machine runs no x86-64 code")
+    target = TARGETS["x86-64-v2"]
+    layout, x = _layout(target, 380), _floats(1, 3, 5, 380)
+    kernel = Kernel(target, lambda a: computes.pack(a, layout, "not_lt"), x)
+    np.testing.assert_array_equal(kernel(x), _packed(reference.signs(x, "not_lt"), layout, False))
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 16), (4, 4), (3, 11), (13, 13), (20, 30)])
