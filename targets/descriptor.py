@@ -14,6 +14,7 @@ from typing import Any
 
 from bnncc.runtime.bits import BitLayout
 from bnncc.runtime.errors import BnnccError
+from bnncc.targets.cuda.descriptor import CUDA_TARGETS, CudaSpec
 
 #: What the x86-64 psABI levels ask for, in the spelling of /proc/cpuinfo.
 _V2 = ("cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2")
@@ -283,7 +284,7 @@ class TargetFamily:
     members: tuple[str, ...]
     description: str
 
-    def targets(self) -> tuple[TargetSpec, ...]:
+    def targets(self) -> tuple[AnyTarget, ...]:
         return tuple(map(get_target, self.members))
 
 
@@ -302,7 +303,7 @@ _FAMILIES = {
 
 def target_names() -> tuple[str, ...]:
     """The names to show a user; processor names are accepted besides."""
-    return ("native", *_REGISTERED, *_FAMILIES)
+    return ("native", *_REGISTERED, *_FAMILIES, *CUDA_TARGETS)
 
 
 def all_targets() -> tuple[TargetSpec, ...]:
@@ -315,7 +316,11 @@ def all_families() -> tuple[TargetFamily, ...]:
     return tuple(_FAMILIES.values())
 
 
-def get_targets(name: str | TargetSpec) -> tuple[TargetSpec, ...]:
+#: What can be compiled for.
+AnyTarget = TargetSpec | CudaSpec
+
+
+def get_targets(name: str | AnyTarget) -> tuple[AnyTarget, ...]:
     """What an artifact for that name is compiled for, the most demanding first: one target, or all of a family.
 
     Raises BnnccError as `get_target`.
@@ -324,14 +329,16 @@ def get_targets(name: str | TargetSpec) -> tuple[TargetSpec, ...]:
     return family.targets() if family else (get_target(name),)
 
 
-def get_target(name: str | TargetSpec) -> TargetSpec:
+def get_target(name: str | AnyTarget) -> AnyTarget:
     """The one target of that name. Raises BnnccError, with the nearest names, for any other."""
-    if isinstance(name, TargetSpec):
+    if isinstance(name, (TargetSpec, CudaSpec)):
         return name
     if name == "native":
         return native()
     if name in _REGISTERED:
         return _REGISTERED[name]
+    if name in CUDA_TARGETS:
+        return CUDA_TARGETS[name]
     if name in _FAMILIES:
         raise BnnccError(f"{name} stands for several targets: name one of {', '.join(_FAMILIES[name].members)}")
     spec = _by_cpu(name)

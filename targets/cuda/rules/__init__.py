@@ -1,2 +1,14 @@
 """Schedule rules for GPUs, one family a file. A rule takes an unscheduled PrimFunc and returns one whose loops are
 bound to threads, or the reason why it does not apply."""
+
+from __future__ import annotations
+
+from bnncc.targets.cuda.descriptor import CudaSpec
+
+from .base import Rule
+from .nests import LoopNests
+
+
+def rules_for(target: CudaSpec) -> list[Rule]:
+    """The rules of a target in the order they are tried: the more special first."""
+    return [rule(target) for rule in (LoopNests,)]

@@ -1,0 +1,207 @@
+"""From unscheduled PrimFuncs to a module of device code: every kernel gets the first rule that takes it.
+
+A step of the plan becomes one launch or several: each nest of loops that is bound to threads is a kernel of its own.
+TVM lowers the function and splits it; what its host part would do, launch after launch, is read off and becomes data
+(`bnncc.targets.launch.Launch`) for the driver. Buffers between two kernels of a step become tensors of the plan.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import tvm
+import tvm_ffi
+from tvm import s_tir, tirx
+from tvm.ir import Call, Op
+from tvm.s_tir.pipeline import default_s_tir_pipeline
+from tvm.target import Target
+from tvm.tirx.build import split_host_device_mods
+
+from bnncc.dialect.plan import Plan, Step, Tensor
+from bnncc.targets.launch import DeviceCode, Launch
+
+from .descriptor import CudaSpec
+from .lowering import PlainFunctions, Roundings
+from .rules import rules_for
+
+logger = logging.getLogger(__name__)
+
+_ALIGNMENT = 64
+_THREAD_AXES = ("blockIdx.x", "blockIdx.y", "blockIdx.z", "threadIdx.x", "threadIdx.y", "threadIdx.z")
+_CONFIG = {"tirx.disable_assert": True}
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """A buffer that one kernel of a step fills for another."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class _KernelCall:
+    """One launch of a function. args: positions among the PrimFunc's parameters, or names of scratch."""
+
+    function: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    args: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """CUDA C of a module, and for each PrimFunc of it the launches and the scratch they share."""
+
+    source: str
+    calls: dict[str, tuple[_KernelCall, ...]]
+    scratch: dict[str, dict[str, _Scratch]]
+
+
+def schedule(mod: tvm.IRModule, target: CudaSpec) -> tvm.IRModule:
+    """Every PrimFunc of `mod`, its loops bound to threads. Raises ValueError where no rule takes one (a bug)."""
+    rules = rules_for(target)
+    functions = {}
+    for gvar, func in mod.functions.items():
+        if isinstance(func, tirx.PrimFunc):
+            functions[gvar] = _schedule_one(str(gvar.name_hint), func, rules)
+    return tvm.IRModule(functions, attrs=mod.attrs)
+
+
+def _schedule_one(name: str, func: tirx.PrimFunc, rules: list[Any]) -> tirx.PrimFunc:
+    reasons = []
+    for rule in rules:
+        try:
+            done = rule(func)
+        except s_tir.ScheduleError as error:
+            done = str(error).partition("\n")[0]
+        if isinstance(done, str):
+            logger.debug("%s: %s does not apply: %s", name, rule.name, done)
+            reasons.append(f"{rule.name}: {done}")
+            continue
+        symbol = str(func.attrs.get("global_symbol", name)) if func.attrs else name
+        return done.with_attr("global_symbol", symbol).with_attr("tirx.is_scheduled", True)
+    raise ValueError(f"no schedule rule takes kernel {name}: {'; '.join(reasons)}")
+
+
+def lower(scheduled: tvm.IRModule, target: CudaSpec) -> Lowered:
+    """CUDA C and launches of a scheduled module."""
+    machine = Target(target.tvm())
+    pipeline, _, _ = default_s_tir_pipeline()
+    params = {str(gvar.name_hint): _parameter_names(func) for gvar, func in scheduled.functions.items()}
+    with machine, tvm.transform.PassContext(config=_CONFIG):
+        mod = pipeline(tirx.transform.BindTarget(machine)(scheduled))
+        host, devices = split_host_device_mods(mod)
+        ((cuda, device),) = devices.items()
+        device = tvm.transform.Sequential(
+            [
+                tirx.transform.LowerWarpMemory(),
+                tirx.transform.StmtSimplify(),
+                PlainFunctions,
+                tirx.transform.LowerIntrin(),
+                Roundings,
+            ]
+        )(device)
+        module = tvm.get_global_func("target.build.cuda")(device, cuda)
+    axes = {
+        str(g.name_hint): [str(a) for a in f.attrs["tirx.kernel_launch_params"]] for g, f in device.functions.items()
+    }
+    calls, scratch = {}, {}
+    for gvar, func in host.functions.items():
+        name = str(gvar.name_hint)
+        if name in params:
+            calls[name], scratch[name] = _host_calls(func, params[name], axes)
+    return Lowered(str(module.inspect_source()), calls, scratch)
+
+
+def _parameter_names(func: tirx.PrimFunc) -> list[str]:
+    names = [str(param.name) for param in func.params]
+    if len(set(names)) != len(names):
+        raise ValueError(f"parameters share a name: {names}")
+    return names
+
+
+def _host_calls(
+    func: tirx.PrimFunc, params: list[str], axes: dict[str, list[str]]
+) -> tuple[tuple[_KernelCall, ...], dict[str, _Scratch]]:
+    """The launches of a host function in order, and the buffers it allocates."""
+    calls: list[_KernelCall] = []
+    scratch: dict[str, _Scratch] = {}
+
+    def allocated(node: tirx.AllocBuffer) -> None:
+        name = str(node.buffer.name)
+        if name in scratch or name in params:
+            raise ValueError(f"two buffers of a kernel are called {name}")
+        scratch[name] = _Scratch(tuple(int(e) for e in node.buffer.shape), str(node.buffer.dtype))
+
+    def called(node: Call) -> None:
+        if isinstance(node.op, Op) and str(node.op.name) == "tirx.call_ffi_kernel":
+            calls.append(_kernel_call(node, axes, params))
+
+    callbacks = [(tirx.AllocBuffer, allocated), (Call, called)]
+    tvm_ffi.structural_walk(func.body, callbacks, order="pre")
+    return tuple(calls), scratch
+
+
+def _kernel_call(node: Call, axes: dict[str, list[str]], params: list[str]) -> _KernelCall:
+    function, *rest = node.args
+    name = str(function.value)
+    count = len(rest) - len(axes[name])
+    extents = dict(zip(axes[name], (int(e) for e in rest[count:]), strict=True))
+    buffers = [str(pointer.args[0].name) for pointer in rest[:count]]  # `buffer_data(buffer)`
+    if len(set(buffers)) != len(buffers):
+        raise ValueError(f"kernel {name} has a buffer twice among its arguments, which it takes for apart: {buffers}")
+    x, y, z, tx, ty, tz = (extents.get(axis, 1) for axis in _THREAD_AXES)
+    return _KernelCall(
+        function=name,
+        grid=(x, y, z),
+        block=(tx, ty, tz),
+        shared_bytes=extents.get("tirx.use_dyn_shared_memory", 0),
+        args=tuple(params.index(b) if b in params else b for b in buffers),
+    )
+
+
+def place(plan: Plan, lowered: Lowered) -> tuple[Plan, tuple[tuple[Launch, ...], ...]]:
+    """The launches of every step, the plan's init steps first, and the plan with the scratch of its steps.
+
+    Scratch lies behind the arena, that of all steps in the same place: nothing of it outlives its step.
+    """
+    tensors, most = list(plan.tensors), plan.arena_bytes
+    launches = []
+    for step in (*plan.init, *plan.steps):
+        ids, at = {}, plan.arena_bytes
+        for name, buffer in lowered.scratch[step.kernel].items():
+            ids[name] = len(tensors)
+            tensors.append(Tensor(len(tensors), f"{step.kernel}.{name}", buffer.shape, buffer.dtype, "arena", at))
+            at += -(-buffer.bytes // _ALIGNMENT) * _ALIGNMENT
+        most = max(most, at)
+        launches.append(tuple(_launch(call, step, ids) for call in lowered.calls[step.kernel]))
+    return replace(plan, tensors=tuple(tensors), arena_bytes=most), tuple(launches)
+
+
+def _launch(call: _KernelCall, step: Step, scratch: dict[str, int]) -> Launch:
+    args = tuple(scratch[a] if isinstance(a, str) else step.args[a] for a in call.args)
+    return Launch(call.function, call.grid, call.block, call.shared_bytes, args)
+
+
+def compile_kernels(mod: tvm.IRModule, plan: Plan, target: CudaSpec) -> tuple[Plan, DeviceCode]:
+    """The device code of all PrimFuncs of `mod`, and the plan with the scratch that its steps turned out to need."""
+    from . import toolchain
+    from .cubin import resources
+
+    lowered = lower(schedule(mod, target), target)
+    placed, launches = place(plan, lowered)
+    image, ptx = toolchain.compile_cuda(lowered.source, target.sm)
+    return placed, DeviceCode(target.sm, image, ptx, launches, resources(image))
+
+
+__all__ = ["Lowered", "compile_kernels", "lower", "place", "schedule"]
