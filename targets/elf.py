@@ -6,8 +6,8 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
-MACHINES = {62: "x86_64", 183: "aarch64", 40: "arm"}
-"""ELF machine numbers of the architectures that artifacts are made for."""
+MACHINES = {62: "x86_64", 183: "aarch64", 40: "arm", 190: "cuda"}
+"""ELF machine numbers of the architectures that artifacts and their device code are made for."""
 
 _SYMBOL_TABLE, _DYNAMIC_SYMBOLS = 2, 11  # section types
 _FILE = 4  # symbol type: the name of a source file
@@ -26,10 +26,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Symbol:
-    """defined: whether this file holds it."""
+    """defined: whether this file holds it. index: its place in the table."""
 
     name: str
     defined: bool
+    index: int
 
 
 class Elf:
@@ -43,7 +44,7 @@ class Elf:
 
     @property
     def architecture(self) -> str:
-        """ "x86_64", "aarch64", "arm", or "machine N" for others."""
+        """ "x86_64", "aarch64", "arm", "cuda", or "machine N" for others."""
         (machine,) = struct.unpack_from("<H", self._data, 18)
         return MACHINES.get(machine, f"machine {machine}")
 
@@ -83,11 +84,11 @@ class Elf:
             if table.kind != kind:
                 continue
             strings = self.sections[table.link].offset
-            for at in range(table.offset, table.offset + table.size, layout.size):
+            for index, at in enumerate(range(table.offset, table.offset + table.size, layout.size)):
                 fields = layout.unpack_from(self._data, at)
                 info, section = (fields[1], fields[3]) if self._wide else (fields[3], fields[5])
                 if fields[0] and info & 0xF != _FILE:
-                    found.append(Symbol(self._string(strings + fields[0]), section != 0))
+                    found.append(Symbol(self._string(strings + fields[0]), section != 0, index))
         return tuple(found)
 
     def _string(self, offset: int) -> str:
