@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from bnncc.targets.elf import Elf, Section
 from bnncc.targets.launch import Resources
 
+from .descriptor import WARP
+from .occupancy import MOST_THREADS, warps_by_registers
+
 # How an attribute's value is stored: nothing, a byte, two bytes (all three in its own four bytes), or that many bytes.
 _SIZED = 4
 _FORMATS = (1, 2, 3, _SIZED)
@@ -24,16 +27,6 @@ _FRAME_SIZE, _STACK_SIZE, _REGISTERS = 0x11, 0x12, 0x2F
 
 # Architectures from sm_90 on keep the first kilobyte of a block's shared memory, and count it into every kernel's.
 _RESERVED_SECTION, _RESERVED = ".nv.shared.reserved.0", 1024
-
-# Of a block and of a multiprocessor, on every architecture from sm_75 on (CUDA C++ programming guide, "Technical
-# specifications per compute capability"); registers go to warps of 32 threads in units of 256, to four warps at once.
-MOST_THREADS, REGISTERS = 1024, 65536
-_REGISTER_UNIT, _WARP, _WARPS_AT_ONCE = 256, 32, 4
-
-
-def warp_registers(registers: int) -> int:
-    """What a warp takes whose threads use so many."""
-    return -(-registers * _WARP // _REGISTER_UNIT) * _REGISTER_UNIT
 
 
 def resources(cubin: bytes) -> dict[str, Resources]:
@@ -73,8 +66,7 @@ def _kernels(cubin: bytes, elf: Elf) -> dict[str, Resources]:
 
 
 def _most_threads(registers: int, attributes: dict[int, bytes]) -> int:
-    warps = REGISTERS // warp_registers(registers) // _WARPS_AT_ONCE * _WARPS_AT_ONCE if registers else MOST_THREADS
-    most = min(MOST_THREADS, warps * _WARP)
+    most = min(MOST_THREADS, WARP * warps_by_registers(registers))
     for attribute in (_MAX_THREADS, _REQUIRED_THREADS):
         if attribute in attributes:
             x, y, z = struct.unpack("<III", attributes[attribute])

@@ -25,8 +25,8 @@ class Architecture:
         "b1.xor.m8n8k128": the smaller tile of the first generation that counts bits;
         "s8": bits become bytes for ``mma.sync.m16n8k32``, where tiles of bits are emulated.
     async_copies: ``cp.async`` from global to shared memory.
-    most_shared: bytes of shared memory that a block can ask for. shared_per_sm, registers_per_sm, threads_per_sm: of a
-        multiprocessor. sms: multiprocessors of the largest GPU, for choosing tiles.
+    most_shared: bytes of shared memory that a block can ask for. shared_per_sm, threads_per_sm, blocks_per_sm,
+        registers_per_sm: of a multiprocessor, at most. sms: multiprocessors of the largest GPU, for choosing tiles.
     """
 
     sm: str
@@ -35,6 +35,7 @@ class Architecture:
     most_shared: int
     shared_per_sm: int
     threads_per_sm: int
+    blocks_per_sm: int
     sms: int
     description: str
     registers_per_sm: int = 65536
@@ -50,14 +51,14 @@ _KB = 1024
 ARCHITECTURES = {
     a.sm: a
     for a in (
-        Architecture("sm_75", "b1.xor.m8n8k128", False, 64 * _KB, 64 * _KB, 1024, 72, "Turing: T4, RTX 20"),
-        Architecture("sm_80", "b1.xor", True, 163 * _KB, 164 * _KB, 2048, 108, "Ampere: A100, A30"),
-        Architecture("sm_86", "b1.xor", True, 99 * _KB, 100 * _KB, 1536, 84, "Ampere: RTX 30, A10, A40"),
-        Architecture("sm_87", "b1.xor", True, 163 * _KB, 164 * _KB, 1536, 16, "Ampere: Jetson Orin"),
-        Architecture("sm_89", "b1.xor", True, 99 * _KB, 100 * _KB, 1536, 144, "Ada: RTX 40, L4, L40"),
-        Architecture("sm_90", "b1.and", True, 227 * _KB, 228 * _KB, 2048, 132, "Hopper: H100, H200, GH200"),
-        Architecture("sm_100", "s8", True, 227 * _KB, 228 * _KB, 2048, 148, "Blackwell: B200, GB200"),
-        Architecture("sm_120", "s8", True, 99 * _KB, 100 * _KB, 1536, 170, "Blackwell: RTX 50, RTX PRO"),
+        Architecture("sm_75", "b1.xor.m8n8k128", False, 64 * _KB, 64 * _KB, 1024, 16, 72, "Turing: T4, RTX 20"),
+        Architecture("sm_80", "b1.xor", True, 163 * _KB, 164 * _KB, 2048, 32, 108, "Ampere: A100, A30"),
+        Architecture("sm_86", "b1.xor", True, 99 * _KB, 100 * _KB, 1536, 16, 84, "Ampere: RTX 30, A10, A40"),
+        Architecture("sm_87", "b1.xor", True, 163 * _KB, 164 * _KB, 1536, 16, 16, "Ampere: Jetson Orin"),
+        Architecture("sm_89", "b1.xor", True, 99 * _KB, 100 * _KB, 1536, 24, 144, "Ada: RTX 40, L4, L40"),
+        Architecture("sm_90", "b1.and", True, 227 * _KB, 228 * _KB, 2048, 32, 132, "Hopper: H100, H200, GH200"),
+        Architecture("sm_100", "s8", True, 227 * _KB, 228 * _KB, 2048, 32, 148, "Blackwell: B200, GB200"),
+        Architecture("sm_120", "s8", True, 99 * _KB, 100 * _KB, 1536, 24, 170, "Blackwell: RTX 50, RTX PRO"),
     )
 }
 

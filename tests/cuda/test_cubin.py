@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bnncc.targets.cuda import toolchain
-from bnncc.targets.cuda.cubin import resources, warp_registers
+from bnncc.targets.cuda.cubin import resources
 from bnncc.targets.cuda.descriptor import ARCHITECTURES
 from bnncc.targets.elf import Elf
 
@@ -118,14 +118,10 @@ def test_a_module_without_shared_memory(sm):
 
 
 def test_registers_bound_the_block():
-    """Without bounds a block has as many threads as registers allow: here eight warps of 169 to 255 registers a thread."""
+    """Without bounds, as many threads as registers allow: eight warps of 169 to 255 each."""
     body = SOURCE[SOURCE.index("  float r[200]") :].replace(" * 96", " * 256")
     cubin, _ = by_nvrtc(f'extern "C" __global__ void unbound(float* a) {{\n{body}', "sm_80")
     assert 169 <= resources(cubin)["unbound"].registers <= 255 and resources(cubin)["unbound"].most_threads == 256
-
-
-def test_registers_of_a_warp():
-    assert [warp_registers(count) for count in (1, 8, 9, 32, 33, 255)] == [256, 256, 512, 1024, 1280, 8192]
 
 
 @pytest.fixture(scope="module")
