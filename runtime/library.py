@@ -14,7 +14,7 @@ from bnncc.runtime.errors import ArtifactError, ExecutionError
 from bnncc.runtime.manifest import Manifest
 
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
-    "create_version": (ctypes.c_void_p, [ctypes.c_char_p]),
+    "create_on": (ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_int32]),
     "destroy": (None, [ctypes.c_void_p]),
     "run": (ctypes.c_int, [ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_void_p)]),
     "run_steps": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]),
@@ -92,7 +92,7 @@ class Library:
         return ExecutionError(self.error().decode(errors="replace"))
 
     # Set from _FUNCTIONS; named here for readers and type checkers.
-    create_version: ctypes._NamedFuncPointer
+    create_on: ctypes._NamedFuncPointer
     destroy: ctypes._NamedFuncPointer
     tensor_data: ctypes._NamedFuncPointer
     version: ctypes._NamedFuncPointer

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bnncc.runtime.errors import InputError
 
-FORMAT = 2
+FORMAT = 3
 """Version of the manifest and of the C interface. An artifact of another version is refused."""
 
 
@@ -88,11 +88,52 @@ class QuantizedEntry(TypedDict):
     high: float | None
 
 
+class LaunchEntry(TypedDict):
+    """One launch of a kernel on a GPU. grid, block: extents (x, y, z). shared_bytes: of dynamic shared memory.
+
+    args: ids of the tensors whose addresses are the kernel's parameters.
+    """
+
+    function: str
+    grid: list[int]
+    block: list[int]
+    shared_bytes: int
+    args: list[int]
+
+
+class KernelEntry(TypedDict):
+    """What a kernel takes: registers and bytes of local memory (stack, spills) of a thread, bytes of static shared
+    memory of a block, and the most threads that a block of it may have."""
+
+    registers: int
+    shared_bytes: int
+    local_bytes: int
+    most_threads: int
+
+
+class DeviceEntry(TypedDict):
+    """The part of a version that runs on a GPU.
+
+    kind: "cuda". sm: the architecture of its machine code, "sm_90"; for later ones there is PTX, which their driver
+    compiles. driver: what cuDriverGetVersion must say at least, 13000 for CUDA 13.0. image_bytes, ptx_bytes: sizes of
+    both. launches: of every step, the init steps first.
+    """
+
+    kind: str
+    sm: str
+    driver: int
+    image_bytes: int
+    ptx_bytes: int
+    kernels: dict[str, KernelEntry]
+    launches: list[list[LaunchEntry]]
+
+
 class VersionEntry(TypedDict):
     """The model compiled for one target.
 
     name: the target's. cpu: LLVM's name. features: words of /proc/cpuinfo that must be there. inputs, outputs: the ids
-    of the tensors in which the model's inputs and outputs lie. weights_bytes: what it needs, shared or not.
+    of the tensors in which the model's inputs and outputs lie. weights_bytes: what it needs, shared or not. device:
+    where its steps run on a GPU; null for the CPU.
     """
 
     name: str
@@ -107,6 +148,7 @@ class VersionEntry(TypedDict):
     arena_bytes: int
     persistent_bytes: int
     weights_bytes: int
+    device: DeviceEntry | None
 
 
 class Manifest(TypedDict):

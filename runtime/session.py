@@ -61,7 +61,7 @@ class Session:
         self.inputs, self.outputs = tuple(self.manifest["inputs"]), tuple(self.manifest["outputs"])
         self._input_forms, self._output_forms = _forms(self.inputs), _forms(self.outputs)
         self._lock = threading.Lock()
-        instance = library.create_version(None if version is None else version.encode())
+        instance = library.create_on(None if version is None else version.encode(), -1)
         if not instance:
             failure = library.failure()
             library.release()

@@ -10,7 +10,9 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,13 +27,18 @@ from bnncc.runtime.container import seal, write_whole
 from bnncc.runtime.errors import LinkError
 from bnncc.runtime.manifest import FORMAT, Manifest, tensor_bytes
 from bnncc.targets.elf import Elf
-from bnncc.targets.modelc import MANIFEST_SECTION, model_c, model_h, symbol_prefix, version_script
+from bnncc.targets.launch import DeviceCode
+from bnncc.targets.modelc import MANIFEST_SECTION, Files, model_c, model_h, symbol_prefix, version_script
 
-_DRIVER = ("driver.c", "pool.c", "cpu.c")
+_DRIVER = ("driver.c", "cpu.c")
+_ON_HOST = ("host.c", "pool.c")
+_ON_GPU = ("gpu.c", "gpu_device.c", "gpu_graph.c")
 _RUNNER = ("runner.c", "serve.c", "npy.c")
 # No CPU is named: the driver runs on any of the architecture, so that it can say which feature is missing, and Zig
 # builds its C library once for all CPUs.
 _FLAGS = ("-std=gnu11", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-sanitize=undefined")
+
+_LIBRARIES = ("-lm", "-lpthread", "-ldl")  # linked as far as they are used
 
 # In bytes, of every tensor in the arena and of every constant: what kernels rely on.
 _ALIGNMENT = 64
@@ -75,11 +82,13 @@ class Version:
 
     objects: object files that together define `__tvm_ffi_<kernel>` for every step of the plan; of several versions that
     go into one artifact, no two may define the same.
+    device: where the steps run on a GPU, its code; the target is then that of the machine around it, without objects.
     """
 
     plan: Plan
     target: LinkTarget
-    objects: tuple[bytes, ...]
+    objects: tuple[bytes, ...] = ()
+    device: DeviceCode | None = None
 
 
 def link(
@@ -106,15 +115,18 @@ def link(
     """
     for version in versions:
         _check_plan(version.plan)
-        _check_objects(version)
+        if version.device is None:
+            _check_objects(version)
+        else:
+            _check_device(version, version.device)
     entries = build_manifest(versions, io_alignment, manifest or {}, target)
     plans, weights = share_weights([version.plan for version in versions])
     system = versions[0].target
     with tempfile.TemporaryDirectory(prefix="bnncc-link-") as name:
         folder = Path(name)
-        sources = _write_sources(folder, plans, weights, [o for version in versions for o in version.objects], entries)
+        sources = [*_write_sources(folder, versions, plans, weights, entries), *_driver_sources(_driver(versions))]
         image = _link_library(folder, sources, system.zig, out.name)
-        executable = _link_runner(folder, sources, system.zig_static) if runner else None
+        executable = _link_runner(folder, sources, system, _on_gpu(versions)) if runner else None
     section = Elf(image).section(MANIFEST_SECTION)
     write_whole(out, seal(image, section.offset, section.size - 1), 0o777)  # without the terminating zero
     if header:
@@ -169,7 +181,30 @@ def _version_entry(version: Version, plan: Plan) -> dict[str, Any]:
         "arena_bytes": plan.arena_bytes,
         "persistent_bytes": plan.persistent_bytes,
         "weights_bytes": len(version.plan.weights),
+        "device": None if version.device is None else _device_entry(version.device),
     }
+
+
+def _device_entry(device: DeviceCode) -> dict[str, Any]:
+    return {
+        "kind": "cuda",
+        "sm": device.sm,
+        "driver": _driver_version(device.ptx),
+        "image_bytes": len(device.image),
+        "ptx_bytes": len(device.ptx),
+        "kernels": {name: dataclasses.asdict(resources) for name, resources in sorted(device.resources.items())},
+        "launches": [[dataclasses.asdict(launch) for launch in step] for step in device.launches],
+    }
+
+
+def _driver_version(ptx: bytes) -> int:
+    """What the driver must be at least, as cuDriverGetVersion counts: the first of the major release of CUDA that wrote
+    the PTX, since drivers run all code of their own major release (CUDA compatibility guide, minor version
+    compatibility). PTX ISA 7.x is CUDA 11's, 8.x is 12's, 9.x is 13's (PTX ISA, release notes)."""
+    match = re.search(rb"^\s*\.version\s+(\d+)\.\d+", ptx, re.MULTILINE)
+    if match is None:
+        raise ValueError("the device's PTX states no version")
+    return (int(match[1]) + 4) * 1000
 
 
 def _ports(plan: Plan, ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -248,18 +283,55 @@ def _check_objects(version: Version) -> None:
             raise ValueError(f"no object file defines kernel {step.kernel}")
 
 
+def _check_device(version: Version, device: DeviceCode) -> None:
+    plan = version.plan
+    if version.objects:
+        raise ValueError(f"version {version.target.name} has object files, and its steps run on a GPU")
+    if len(device.launches) != len(plan.init) + len(plan.steps):
+        raise ValueError(f"launches of {len(device.launches)} steps for {len(plan.init) + len(plan.steps)}")
+    for step, launches in zip((*plan.init, *plan.steps), device.launches, strict=True):
+        for launch in launches:
+            where = f"step {step.kernel}: kernel {launch.function}"
+            if launch.function not in device.resources:
+                raise ValueError(f"{where} is not among the kernels of the module")
+            if not 0 < math.prod(launch.block) <= device.resources[launch.function].most_threads:
+                raise ValueError(f"{where} cannot have blocks of {launch.block}")
+            if not all(0 <= i < len(plan.tensors) for i in launch.args):
+                raise ValueError(f"{where} takes tensors that the plan does not have")
+        if missing := set(step.args[-step.outputs :]) - {i for launch in launches for i in launch.args}:
+            raise ValueError(f"step {step.kernel}: no kernel takes its output {sorted(missing)}")
+
+
+def _on_gpu(versions: Sequence[Version]) -> bool:
+    return any(version.device for version in versions)
+
+
+def _driver(versions: Sequence[Version]) -> tuple[str, ...]:
+    """The driver's files that these versions need."""
+    on_host = not all(version.device for version in versions)
+    return _DRIVER + (_ON_HOST if on_host else ()) + (_ON_GPU if _on_gpu(versions) else ())
+
+
 def _write_sources(
-    folder: Path, plans: Sequence[Plan], weights: bytes, objects: Sequence[bytes], manifest: Manifest
+    folder: Path, versions: Sequence[Version], plans: Sequence[Plan], weights: bytes, manifest: Manifest
 ) -> list[str]:
     """Puts what is particular to this model into the folder; returns the files to compile or link."""
-    text = json.dumps(manifest, separators=(",", ":")).encode()
-    weights_file = folder / f"weights-{manifest['weights_sha256']}.bin"
-    manifest_file = folder / f"manifest-{hashlib.sha256(text).hexdigest()}.json"
-    weights_file.write_bytes(weights)
-    manifest_file.write_bytes(text)
+
+    def included(kind: str, content: bytes) -> Path:
+        path = folder / f"{kind}-{hashlib.sha256(content).hexdigest()}"
+        path.write_bytes(content)
+        return path
+
+    devices = [version.device for version in versions]
+    files = Files(
+        weights=included("weights", weights),
+        manifest=included("manifest", json.dumps(manifest, separators=(",", ":")).encode()),
+        codes=[device and (included("image", device.image), included("ptx", device.ptx)) for device in devices],
+    )
     (folder / "model.h").write_text(model_h(manifest))
-    (folder / "model.c").write_text(model_c(plans, manifest, weights_file, manifest_file))
+    (folder / "model.c").write_text(model_c(plans, devices, manifest, files))
     (folder / "exports.map").write_text(version_script(manifest["prefix"]))
+    objects = [code for version in versions for code in version.objects]
     names = [f"kernels{i}.o" for i in range(len(objects))]
     for name, data in zip(names, objects, strict=True):
         (folder / name).write_bytes(data)
@@ -270,17 +342,18 @@ def _link_library(folder: Path, sources: Sequence[str], system: str, soname: str
     return _zig(
         folder,
         system,
-        ["-shared", "-fPIC", *sources, *_driver_sources(_DRIVER)],
-        ["-Wl,--version-script=exports.map", f"-Wl,-soname,{soname}", "-Wl,--strip-debug", "-lm", "-lpthread"],
+        ["-shared", "-fPIC", *sources],
+        ["-Wl,--version-script=exports.map", f"-Wl,-soname,{soname}", "-Wl,--strip-debug", *_LIBRARIES],
     )
 
 
-def _link_runner(folder: Path, sources: Sequence[str], system: str) -> bytes:
+def _link_runner(folder: Path, sources: Sequence[str], system: LinkTarget, on_gpu: bool) -> bytes:
+    """A static executable; where it opens the GPU's driver, which a static one cannot, one that needs glibc."""
     return _zig(
         folder,
-        system,
-        ["-static", *sources, *_driver_sources(_DRIVER + _RUNNER)],
-        ["-Wl,--strip-debug", "-lm", "-lpthread"],
+        system.zig if on_gpu else system.zig_static,
+        [*([] if on_gpu else ["-static"]), *sources, *_driver_sources(_RUNNER)],
+        ["-Wl,--strip-debug", *_LIBRARIES],
     )
 
 

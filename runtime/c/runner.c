@@ -1,4 +1,4 @@
-/* The command line of the static runner executable. */
+/* The command line of the runner executable. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -91,21 +91,36 @@ static int parse(int argc, char **argv, Options *options) {
   return 0;
 }
 
+/* Fills an input's home from a file, or with zeros where none is given. */
+static int read_input(Instance *instance, int32_t port, const char *path) {
+  const ModelTensor *tensor = &bnncc_version(instance)->tensors[port];
+  void *data = calloc(1, tensor->bytes + 1);
+  if (!data) return bnncc_fail("out of memory for input '%s'", tensor->name);
+  int failed = (path && npy_read(path, tensor, data)) ||
+               bnncc_copy(instance, bnncc_tensor_data(instance, port), data, tensor->bytes);
+  free(data);
+  return failed ? -1 : 0;
+}
+
+static int write_output(Instance *instance, int32_t port, const char *path) {
+  const ModelTensor *tensor = &bnncc_version(instance)->tensors[port];
+  void *data = malloc(tensor->bytes + 1);
+  if (!data) return bnncc_fail("out of memory for output '%s'", tensor->name);
+  int failed = bnncc_copy(instance, data, bnncc_tensor_data(instance, port), tensor->bytes) ||
+               npy_write(path, tensor, data);
+  free(data);
+  return failed ? -1 : 0;
+}
+
 static int run(Instance *instance, const Options *options) {
   const ModelVersion *version = bnncc_version(instance);
   if (bnncc_set_threads(instance, options->threads)) return -1;
   if (options->serve) return serve(instance);
-  for (int32_t i = 0; i < bnncc_model.input_count; i++) {
-    const ModelTensor *tensor = &version->tensors[version->inputs[i]];
-    void *home = bnncc_tensor_data(instance, version->inputs[i]);
-    memset(home, 0, tensor->bytes);
-    if (i < options->input_count && npy_read(options->inputs[i], tensor, home)) return -1;
-  }
+  for (int32_t i = 0; i < bnncc_model.input_count; i++)
+    if (read_input(instance, version->inputs[i], i < options->input_count ? options->inputs[i] : NULL)) return -1;
   if (bnncc_run_steps(instance, 0, version->step_count)) return -1;
   for (int32_t i = 0; i < options->output_count; i++)
-    if (npy_write(options->outputs[i], &version->tensors[version->outputs[i]],
-                  bnncc_tensor_data(instance, version->outputs[i])))
-      return -1;
+    if (write_output(instance, version->outputs[i], options->outputs[i])) return -1;
   return options->count ? bench(instance, options->count) : 0;
 }
 
@@ -118,7 +133,7 @@ int main(int argc, char **argv) {
   Options options = {.inputs = inputs, .outputs = outputs};
   if (argc == 1) return print_help(argv[0]), 2;
   if (parse(argc, argv, &options)) return complain(argv[0]), 2;
-  Instance *instance = bnncc_create(&bnncc_model, NULL);
+  Instance *instance = bnncc_create(&bnncc_model, NULL, -1);
   int failed = !instance || run(instance, &options);
   if (failed) complain(argv[0]);
   bnncc_destroy(instance);

@@ -35,9 +35,19 @@ static int reply_status(int failed) {
   return failed ? reply(1, bnncc_error(), strlen(bnncc_error())) : reply(0, NULL, 0);
 }
 
+/* The tensor that a request names and memory of its size, or NULL with bnncc_error. */
+static const ModelTensor *tensor_of(Instance *instance, const Request *request, void **data) {
+  if (!bnncc_tensor_data(instance, (int32_t)request->first)) return NULL;
+  const ModelTensor *tensor = &bnncc_version(instance)->tensors[request->first];
+  *data = malloc(tensor->bytes + 1);
+  if (*data) return tensor;
+  bnncc_fail("out of memory for tensor %d ('%s')", (int)request->first, tensor->name);
+  return NULL;
+}
+
 static int write_tensor(Instance *instance, const Request *request) {
-  void *data = bnncc_tensor_data(instance, (int32_t)request->first);
-  const ModelTensor *tensor = data ? &bnncc_version(instance)->tensors[request->first] : NULL;
+  void *data = NULL;
+  const ModelTensor *tensor = tensor_of(instance, request, &data);
   if (tensor && tensor->space == SPACE_WEIGHTS) {
     bnncc_fail("tensor %d ('%s') is a constant", (int)request->first, tensor->name);
     tensor = NULL;
@@ -46,10 +56,24 @@ static int write_tensor(Instance *instance, const Request *request) {
                (unsigned)request->bytes);
     tensor = NULL;
   }
-  if (tensor) return fread(data, tensor->bytes, 1, stdin) == 1 || !tensor->bytes ? reply_status(0) : -1;
-  for (uint32_t i = 0; i < request->bytes; i++) /* the conversation goes on after what was refused */
-    if (getchar() == EOF) return -1;
-  return reply_status(1);
+  int gone = 0, failed = !tensor;
+  if (tensor) gone = tensor->bytes && fread(data, tensor->bytes, 1, stdin) != 1;
+  else /* the conversation goes on after what was refused */
+    for (uint32_t i = 0; i < request->bytes && !gone; i++) gone = getchar() == EOF;
+  if (tensor && !gone)
+    failed = bnncc_copy(instance, bnncc_tensor_data(instance, (int32_t)request->first), data, tensor->bytes);
+  free(data);
+  return gone ? -1 : reply_status(failed);
+}
+
+static int read_tensor(Instance *instance, const Request *request) {
+  void *data = NULL;
+  const ModelTensor *tensor = tensor_of(instance, request, &data);
+  int failed =
+      !tensor || bnncc_copy(instance, data, bnncc_tensor_data(instance, (int32_t)request->first), tensor->bytes);
+  int gone = failed ? reply_status(1) : reply(0, data, tensor->bytes);
+  free(data);
+  return gone;
 }
 
 static int bench(Instance *instance, uint32_t count) {
@@ -63,7 +87,6 @@ static int bench(Instance *instance, uint32_t count) {
 }
 
 static int answer(Instance *instance, const Request *request) {
-  const void *data;
   switch (request->operation) {
     case SERVE_QUIT:
       reply(0, NULL, 0);
@@ -73,8 +96,7 @@ static int answer(Instance *instance, const Request *request) {
     case SERVE_WRITE:
       return write_tensor(instance, request);
     case SERVE_READ:
-      data = bnncc_tensor_data(instance, (int32_t)request->first);
-      return data ? reply(0, data, bnncc_version(instance)->tensors[request->first].bytes) : reply_status(1);
+      return read_tensor(instance, request);
     case SERVE_RUN_STEPS:
       return reply_status(bnncc_run_steps(instance, (int32_t)request->first, (int32_t)request->count));
     case SERVE_BENCH:

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "driver.h"
+#include "pool.h"
 
 extern int (*__TVMBackendParallelLaunch)(ParallelLambda, void *, int);
 extern void *(*__TVMBackendAllocWorkspace)(int, int, uint64_t, int, int);

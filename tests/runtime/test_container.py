@@ -85,10 +85,10 @@ def resealed(data, version):
 
 
 def test_other_format_versions(changed):
-    assert "artifact format 99, this bnncc reads format 2; install a newer bnncc" in refusal(
+    assert "artifact format 99, this bnncc reads format 3; install a newer bnncc" in refusal(
         changed(lambda data: resealed(data, 99))
     )
-    assert "artifact format 1, this bnncc reads format 2; compile the model again" in refusal(
+    assert "artifact format 1, this bnncc reads format 3; compile the model again" in refusal(
         changed(lambda data: resealed(data, 1))
     )
 

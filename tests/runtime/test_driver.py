@@ -22,7 +22,7 @@ def compile_and_run(tmp_path, *arguments):
 
 
 def test_thread_pool(tmp_path):
-    driver = [SOURCES / name for name in ("driver.c", "pool.c", "cpu.c")]
+    driver = [SOURCES / name for name in ("driver.c", "host.c", "pool.c", "cpu.c")]
     result = compile_and_run(tmp_path, f"-I{SOURCES}", Path(__file__).with_name("pool_test.c"), *driver)
     assert result.returncode == 0, result.stdout
 

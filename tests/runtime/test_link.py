@@ -53,7 +53,7 @@ def test_is_reproducible_and_small(tiny, artifact, tmp_path):
 
 def test_the_manifest_holds_the_plan(tiny, artifact):
     plan, manifest = tiny.plan(), runtime.read_manifest(artifact)
-    assert manifest["format"] == 2 and manifest["name"] == manifest["prefix"] == "tiny"
+    assert manifest["format"] == 3 and manifest["name"] == manifest["prefix"] == "tiny"
     assert manifest["target"] == "x86-64-v2" and manifest["arch"] == "x86_64"
     assert manifest["inputs"][1] == {"name": "n", "shape": [3], "dtype": "int64", "order": None}
     (version,) = manifest["versions"]
