@@ -346,17 +346,21 @@ def _inspect_artifact(artifact: Path, as_json: bool) -> None:
 @bnncc.command(short_help="Lists the targets.")
 def targets() -> None:
     """Lists the targets to compile for; names of processors (znver4, cortex-a76, …) are accepted too."""
-    from bnncc.targets.descriptor import all_families, all_targets, native
+    from bnncc.targets.cuda.descriptor import CUDA_TARGETS
+    from bnncc.targets.descriptor import TargetSpec, all_families, all_targets, native
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("target", "architecture", "vectors", "description"):
+    for heading in ("target", "architecture", "vectors or tiles", "description"):
         table.add_column(heading)
     for target in (native(), *all_targets()):
         table.add_row(target.name, target.arch, f"{target.vector_bits} bit", target.description)
     for family in all_families():
         members = family.targets()
-        bits = sorted({target.vector_bits for target in members})
+        bits = sorted({target.vector_bits for target in members if isinstance(target, TargetSpec)})
         table.add_row(family.name, members[0].arch, f"{bits[0]}-{bits[-1]} bit", family.description)
+    for gpu in CUDA_TARGETS.values():
+        operands = "bytes" if gpu.gpu.product == "s8" else "bits"
+        table.add_row(gpu.name, f"{gpu.arch} + {gpu.sm}", f"tiles of {operands}", gpu.description)
     console().print(table)
 
 

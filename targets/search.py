@@ -24,7 +24,7 @@ from bnncc.runtime.cpu import host_architecture, host_features
 from bnncc.runtime.errors import BnnccError
 
 from . import emit, mca
-from .descriptor import TargetSpec
+from .descriptor import AnyTarget, TargetSpec
 from .rules.candidates import candidates
 from .rules.register_tile import Tile, TileRequest, Tiles, default_tile
 from .tuning import Database, Record, kernel_key
@@ -120,9 +120,11 @@ def tune(
     return Summary(target.name, searched, improved, len(queue) - searched, before, before - saved, judge.unit)
 
 
-def check(targets: Iterable[TargetSpec], database: Database) -> None:
+def check(targets: Iterable[AnyTarget], database: Database) -> None:
     """Raises BnnccError if a target can be neither run nor estimated, or the database cannot be written."""
     for target in targets:
+        if not isinstance(target, TargetSpec):
+            raise BnnccError(f"cannot tune for target {target.name}: the tiles of GPUs are chosen by rule")
         _judge(target)
     database.write()
 
