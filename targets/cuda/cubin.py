@@ -7,6 +7,7 @@ below are those that ``cuobjdump -elf`` prints, and tests compare all of them wi
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 
@@ -38,6 +39,18 @@ def resources(cubin: bytes) -> dict[str, Resources]:
         return _kernels(cubin, elf)
     except (ValueError, LookupError, struct.error) as error:
         raise ValueError(f"not a cubin that can be read: {error}") from error
+
+
+def least_driver(ptx: bytes) -> int:
+    """What cuDriverGetVersion must say at least for the cubin made together with this PTX: 12000 for 12.0.
+
+    A driver runs the machine code of all compilers of its own major version (CUDA's "minor version compatibility").
+    Raises ValueError where the compiler did not name itself.
+    """
+    match = re.search(rb"^// Cuda compilation tools, release (\d+)\.", ptx, re.M)
+    if not match:
+        raise ValueError("the PTX does not say which CUDA made it")
+    return 1000 * int(match[1])
 
 
 def _kernels(cubin: bytes, elf: Elf) -> dict[str, Resources]:

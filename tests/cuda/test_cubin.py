@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bnncc.targets.cuda import toolchain
-from bnncc.targets.cuda.cubin import resources
+from bnncc.targets.cuda.cubin import least_driver, resources
 from bnncc.targets.cuda.descriptor import ARCHITECTURES
 from bnncc.targets.elf import Elf
 
@@ -115,6 +115,18 @@ def test_a_module_without_shared_memory(sm):
     """Architectures that reserve some count it where a kernel has none, too."""
     cubin, log = by_nvrtc('extern "C" __global__ void one(float* a) { a[threadIdx.x] = 1; }', sm)
     assert {name: (r.registers, r.shared_bytes, r.local_bytes) for name, r in resources(cubin).items()} == reported(log)
+
+
+def test_the_driver_that_is_needed():
+    """Of the compiler's major version; the ELF of CUDA 13 for sm_90 has another ABI version than that of CUDA 12."""
+    if nvcc := toolchain.nvcc_program():
+        compiler = toolchain.Nvcc(nvcc)
+        _, ptx = compiler.compile(SOURCE, "sm_90")
+        assert least_driver(ptx) == 1000 * int(compiler.identity.split()[1].split(".")[0])
+    cubin, ptx = toolchain.compile_cuda(SOURCE, "sm_90")
+    assert least_driver(ptx) == (12000 if cubin[7:9] == b"\x33\x07" else 13000)
+    with pytest.raises(ValueError, match="does not say which CUDA"):
+        least_driver(b".version 8.8\n.target sm_90\n")
 
 
 def test_registers_bound_the_block():
