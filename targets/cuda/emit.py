@@ -42,6 +42,10 @@ class _Scratch:
     shape: tuple[int, ...]
     dtype: str
 
+    @classmethod
+    def of(cls, buffer: Any) -> _Scratch:
+        return cls(tuple(int(extent) for extent in buffer.shape), str(buffer.dtype))
+
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
@@ -67,39 +71,53 @@ class Lowered:
     scratch: dict[str, dict[str, _Scratch]]
 
 
-def schedule(mod: tvm.IRModule, target: CudaSpec) -> tvm.IRModule:
+@dataclass(frozen=True)
+class Scheduled:
+    """Functions whose loops are bound to threads. pieces: the names of those that a kernel of the plan became, in order;
+    a parameter of theirs that the kernel has not is scratch. params: of each kernel."""
+
+    mod: tvm.IRModule
+    pieces: dict[str, tuple[str, ...]]
+    params: dict[str, tuple[str, ...]]
+
+
+def schedule(mod: tvm.IRModule, target: CudaSpec) -> Scheduled:
     """Every PrimFunc of `mod`, its loops bound to threads. Raises ValueError where no rule takes one (a bug)."""
     rules = rules_for(target)
-    functions = {}
+    functions, pieces, params = {}, {}, {}
     for gvar, func in mod.functions.items():
-        if isinstance(func, tirx.PrimFunc):
-            functions[gvar] = _schedule_one(str(gvar.name_hint), func, rules)
-    return tvm.IRModule(functions, attrs=mod.attrs)
+        if not isinstance(func, tirx.PrimFunc):
+            continue
+        name = str(gvar.name_hint)
+        done = _schedule_one(name, func, rules)
+        names = [name] if len(done) == 1 else [f"{name}_{i}" for i in range(len(done))]
+        for piece, scheduled in zip(names, done, strict=True):
+            marks = {"global_symbol": piece, "tirx.is_scheduled": True, "tirx.noalias": True}
+            functions[piece] = scheduled.with_attrs(marks)
+        pieces[name], params[name] = tuple(names), _parameter_names(func)
+    return Scheduled(tvm.IRModule(functions), pieces, params)
 
 
-def _schedule_one(name: str, func: tirx.PrimFunc, rules: list[Any]) -> tirx.PrimFunc:
+def _schedule_one(name: str, func: tirx.PrimFunc, rules: list[Any]) -> list[tirx.PrimFunc]:
     reasons = []
     for rule in rules:
         try:
             done = rule(func)
         except s_tir.ScheduleError as error:
             done = str(error).partition("\n")[0]
-        if isinstance(done, str):
-            logger.debug("%s: %s does not apply: %s", name, rule.name, done)
-            reasons.append(f"{rule.name}: {done}")
-            continue
-        symbol = str(func.attrs.get("global_symbol", name)) if func.attrs else name
-        return done.with_attr("global_symbol", symbol).with_attr("tirx.is_scheduled", True)
+        if not isinstance(done, str):
+            return done if isinstance(done, list) else [done]
+        logger.debug("%s: %s does not apply: %s", name, rule.name, done)
+        reasons.append(f"{rule.name}: {done}")
     raise ValueError(f"no schedule rule takes kernel {name}: {'; '.join(reasons)}")
 
 
-def lower(scheduled: tvm.IRModule, target: CudaSpec) -> Lowered:
+def lower(scheduled: Scheduled, target: CudaSpec) -> Lowered:
     """CUDA C and launches of a scheduled module."""
     machine = Target(target.tvm())
     pipeline, _, _ = default_s_tir_pipeline()
-    params = {str(gvar.name_hint): _parameter_names(func) for gvar, func in scheduled.functions.items()}
     with machine, tvm.transform.PassContext(config=_CONFIG):
-        mod = pipeline(tirx.transform.BindTarget(machine)(scheduled))
+        mod = pipeline(tirx.transform.BindTarget(machine)(scheduled.mod))
         host, devices = split_host_device_mods(mod)
         ((cuda, device),) = devices.items()
         device = tvm.transform.Sequential(
@@ -115,44 +133,48 @@ def lower(scheduled: tvm.IRModule, target: CudaSpec) -> Lowered:
     axes = {
         str(g.name_hint): [str(a) for a in f.attrs["tirx.kernel_launch_params"]] for g, f in device.functions.items()
     }
+    hosts = {str(gvar.name_hint): func for gvar, func in host.functions.items()}
     calls, scratch = {}, {}
-    for gvar, func in host.functions.items():
-        name = str(gvar.name_hint)
-        if name in params:
-            calls[name], scratch[name] = _host_calls(func, params[name], axes)
+    for kernel, pieces in scheduled.pieces.items():
+        buffers: dict[str, _Scratch] = {}
+        launches: list[_KernelCall] = []
+        for piece in pieces:
+            for param in scheduled.mod[piece].params:
+                if str(param.name) not in scheduled.params[kernel]:
+                    buffers.setdefault(str(param.name), _Scratch.of(param))
+            launches += _host_calls(hosts[piece], scheduled.params[kernel], axes, buffers)
+        calls[kernel], scratch[kernel] = tuple(launches), buffers
     return Lowered(str(module.inspect_source()), calls, scratch)
 
 
-def _parameter_names(func: tirx.PrimFunc) -> list[str]:
-    names = [str(param.name) for param in func.params]
+def _parameter_names(func: tirx.PrimFunc) -> tuple[str, ...]:
+    names = tuple(str(param.name) for param in func.params)
     if len(set(names)) != len(names):
         raise ValueError(f"parameters share a name: {names}")
     return names
 
 
 def _host_calls(
-    func: tirx.PrimFunc, params: list[str], axes: dict[str, list[str]]
-) -> tuple[tuple[_KernelCall, ...], dict[str, _Scratch]]:
-    """The launches of a host function in order, and the buffers it allocates."""
+    func: tirx.PrimFunc, params: tuple[str, ...], axes: dict[str, list[str]], scratch: dict[str, _Scratch]
+) -> list[_KernelCall]:
+    """The launches of a host function in order; the buffers it allocates go to `scratch`."""
     calls: list[_KernelCall] = []
-    scratch: dict[str, _Scratch] = {}
 
     def allocated(node: tirx.AllocBuffer) -> None:
         name = str(node.buffer.name)
         if name in scratch or name in params:
             raise ValueError(f"two buffers of a kernel are called {name}")
-        scratch[name] = _Scratch(tuple(int(e) for e in node.buffer.shape), str(node.buffer.dtype))
+        scratch[name] = _Scratch.of(node.buffer)
 
     def called(node: Call) -> None:
         if isinstance(node.op, Op) and str(node.op.name) == "tirx.call_ffi_kernel":
             calls.append(_kernel_call(node, axes, params))
 
-    callbacks = [(tirx.AllocBuffer, allocated), (Call, called)]
-    tvm_ffi.structural_walk(func.body, callbacks, order="pre")
-    return tuple(calls), scratch
+    tvm_ffi.structural_walk(func.body, [(tirx.AllocBuffer, allocated), (Call, called)], order="pre")
+    return calls
 
 
-def _kernel_call(node: Call, axes: dict[str, list[str]], params: list[str]) -> _KernelCall:
+def _kernel_call(node: Call, axes: dict[str, list[str]], params: tuple[str, ...]) -> _KernelCall:
     function, *rest = node.args
     name = str(function.value)
     count = len(rest) - len(axes[name])

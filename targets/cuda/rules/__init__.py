@@ -6,9 +6,10 @@ from __future__ import annotations
 from bnncc.targets.cuda.descriptor import CudaSpec
 
 from .base import Rule
-from .nests import LoopNests
+from .binary_mma import BinaryConv
+from .nests import Elements, LoopNests
 
 
 def rules_for(target: CudaSpec) -> list[Rule]:
     """The rules of a target in the order they are tried: the more special first."""
-    return [rule(target) for rule in (LoopNests,)]
+    return [rule(target) for rule in (BinaryConv, LoopNests)]

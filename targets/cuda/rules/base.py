@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
+from tvm.script.ir_builder import tirx as T
 
 from bnncc.targets.cuda.descriptor import WARP, CudaSpec
 from bnncc.targets.rules.base import extent
@@ -36,3 +37,23 @@ def bind_threads(sch: Schedule, loops: list[LoopRV], threads: int = THREADS) -> 
     sch.bind(block, "blockIdx.x")
     sch.bind(thread, "threadIdx.x")
     return thread
+
+
+class guarded:
+    """``with guarded(condition, needed)``: a condition in the IR that is being built, or none."""
+
+    def __init__(self, condition: Any, needed: bool) -> None:
+        self.frames = [T.If(condition), T.Then()] if needed else []
+
+    def __enter__(self) -> None:
+        for frame in self.frames:
+            frame.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for frame in reversed(self.frames):
+            frame.__exit__(*error)
+
+
+def barrier() -> None:
+    """All threads of the block have come here, and see what the others stored in shared memory."""
+    T.evaluate(tirx.call_intrin("int32", "tirx.tvm_storage_sync", "shared.dyn"))

@@ -1,0 +1,228 @@
+"""Convolutions as products of matrices: what their kernels share, whatever multiplies.
+
+Rows are the pixels of the result, columns the output channels of a group, the depth is the window: position by position
+of the kernel, and within each the input's channels. The matrix of windows is never stored (implicit GEMM): a block of
+threads copies the part of it that its tile needs from the image, step by step of the depth, into shared memory.
+
+    kernel = copy and multiply (a `Product`)  →  sums of a tile in shared memory  →  epilogue: a thread per element
+
+The epilogue is that of the fused function: whatever elementwise operators follow, stored and packed in the same pass.
+Where it is more than that, the sums go to memory, and `LoopNests` does the rest in a launch of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import tvm_ffi
+from tvm import tirx
+from tvm.ir import Call, Var
+from tvm.ir.expr import TensorLoad
+from tvm.s_tir import Schedule
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+from bnncc.targets.rules.base import REDUCED, Stages
+
+from .base import Rule
+from .epilogue import Epilogue
+
+
+def substitute(expr: Any, values: dict[Any, Any]) -> Any:
+    """The expression with these variables replaced."""
+    return tvm_ffi.structural_map(expr, [(Var, lambda var: values.get(var, var))])
+
+
+def flat(buffer: Any, indices: Sequence[Any]) -> Any:
+    """The position of an element in its buffer."""
+    at: Any = 0
+    for size, index in zip(buffer.shape, indices, strict=True):
+        at = at * int(size) + index
+    return at
+
+
+def loads(expr: Any) -> list[Any]:
+    """The elements of buffers that an expression reads."""
+    found: list[Any] = []
+    tvm_ffi.structural_walk(expr, [(TensorLoad, found.append)])
+    return found
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a block of threads computes: `rows` × `columns` sums, by warps side by side in both directions.
+
+    depth: words of the depth of a step. stages: steps that shared memory holds.
+    """
+
+    rows: int
+    columns: int
+    warps_down: int
+    warps_across: int
+    depth: int
+    stages: int
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps_down * self.warps_across
+
+
+class Gemm:
+    """The matrices of an anchor: ``sums[n, y, x, g, b, l] += term(x[…], w[g, b, i, j, k, l])``.
+
+    rows: pixels. columns: output channels of a group. positions: of the window. depth: words or values of a position.
+    """
+
+    def __init__(self, block: Any) -> None:
+        spatial = [iv for iv in block.iter_vars if iv.iter_type != REDUCED]
+        reduced = [iv for iv in block.iter_vars if iv.iter_type == REDUCED]
+        self.axes = [iv.var for iv in (*spatial, *reduced)]
+        self.sums = block.body.buffer
+        own, term = block.body.value.a, block.body.value.b
+        if not own.source.same_as(self.sums):
+            raise ValueError("an anchor adds to what it has summed")
+        self.term = term
+        self.images, self.height, self.width, self.groups, blocks, lanes = (int(iv.dom.extent) for iv in spatial)
+        self.window_height, self.window_width, self.depth = (int(iv.dom.extent) for iv in reduced)
+        self.columns = blocks * lanes
+        self.lanes = lanes
+        x, w = loads(term)[:2]
+        self.x, self.x_indices = x.source, x.indices
+        self.w, self.w_indices = w.source, w.indices
+        self.guards = _guards_of(term, x)
+
+    @property
+    def rows(self) -> int:
+        return self.images * self.height * self.width
+
+    @property
+    def total_depth(self) -> int:
+        return self.window_height * self.window_width * self.depth
+
+    def pixel(self, row: Any) -> tuple[Any, Any, Any]:
+        """(image, y, x) of a row."""
+        if self.height == self.width == 1:
+            return row, tirx.const(0), tirx.const(0)
+        image = self.height * self.width
+        within = tirx.floormod(row, image)
+        return tirx.floordiv(row, image), tirx.floordiv(within, self.width), tirx.floormod(within, self.width)
+
+    def step(self, at: Any) -> tuple[Any, Any, Any]:
+        """(ky, kx, k) of a place in the depth."""
+        position, k = tirx.floordiv(at, self.depth), tirx.floormod(at, self.depth)
+        return tirx.floordiv(position, self.window_width), tirx.floormod(position, self.window_width), k
+
+    def source(self, row: Any, group: Any, at: Any) -> tuple[Any, Any]:
+        """Where in `x` the matrix of windows has its element, and whether it has one (None: always); at other places
+        it is 0."""
+        zero = tirx.const(0)
+        values = dict(zip(self.axes, (*self.pixel(row), group, zero, zero, *self.step(at)), strict=True))
+        where = flat(self.x, [substitute(index, values) for index in self.x_indices])
+        inside = None
+        for guard in self.guards:
+            condition = substitute(guard, values)
+            inside = condition if inside is None else tirx.all(inside, condition)
+        return where, inside
+
+
+def _guards_of(term: Any, x: Any) -> list[Any]:
+    """The conditions under which a term reads `x` rather than the padding around it, which is 0."""
+    guards: list[Any] = []
+
+    def visit(call: Any) -> None:
+        if str(getattr(call.op, "name", "")) == "tirx.if_then_else" and any(
+            load.source.same_as(x.source) for load in loads(call.args[1])
+        ):
+            guards.append(call.args[0])
+
+    tvm_ffi.structural_walk(term, [(Call, visit)])
+    return guards
+
+
+class Product:
+    """How a kernel copies and multiplies. It writes its loops with TVM's IR builder, in place of where it is called."""
+
+    def __init__(self, gemm: Gemm, tile: Tile) -> None:
+        self.gemm, self.tile = gemm, tile
+
+    @property
+    def shared_words(self) -> int:
+        """Words of shared memory that copying and multiplying take."""
+        raise NotImplementedError
+
+    def run(self, shared: Any, thread: Any, row: Any, column: Any, group: Any) -> Callable[[Any, Any], Any]:
+        """Writes the loops that compute a tile's sums, and puts them into shared memory.
+
+        shared: int32 words; rows of `pitch` words are the tile's sums when this returns, synchronised.
+        row, column: of the tile's first element; group: of its columns.
+        Returns a function that gives the sum at (row in the tile, column in the tile) of the type of the anchor's.
+        """
+        raise NotImplementedError
+
+
+class ImplicitGemm(Rule):
+    """A rule for the kernels of one kind of anchor."""
+
+    anchor_role: ClassVar[str] = ""
+
+    def product(self, gemm: Gemm) -> Product | str:
+        """Chooses the instruction and the tile, or says why none applies."""
+        raise NotImplementedError
+
+    def __call__(self, func: tirx.PrimFunc) -> list[tirx.PrimFunc] | str:
+        sch = Schedule(func)
+        stages = Stages(sch)
+        anchors = stages.of(self.anchor_role)
+        if len(anchors) != 1 or stages.index(anchors[0]) != 0:
+            return f"it has no one {self.anchor_role or 'anchor'} as its first stage"
+        stages.inline()
+        anchor = sch.get(anchors[0])
+        gemm = Gemm(anchor)
+        product = self.product(gemm)
+        if isinstance(product, str):
+            return product
+        epilogue = Epilogue.of(stages, anchor, gemm)
+        if isinstance(epilogue, str):
+            return f"its epilogue is not that of a tile: {epilogue}"
+        return [func.with_body(_kernel(gemm, product, epilogue))]
+
+
+def _kernel(gemm: Gemm, product: Product, epilogue: Epilogue) -> Any:
+    """The body of the kernel's function."""
+    tile = product.tile
+    down, across = -(-gemm.rows // tile.rows), -(-gemm.columns // tile.columns)
+    with IRBuilder() as builder:
+        with T.prim_func(s_tir=True):
+            T.func_name("kernel")
+            with (
+                T.launch_thread("blockIdx.x", down * across * gemm.groups) as block,
+                T.launch_thread("threadIdx.x", tile.threads) as thread,
+            ):
+                words = max(product.shared_words, tile.rows * pitch(tile))
+                shared = T.alloc_buffer((words,), "int32", scope="shared.dyn")
+                IRBuilder.name("shared", shared)
+                # Tiles of the same pixels are neighbours in time, for the sake of the second-level cache.
+                row = tirx.floordiv(block, across * gemm.groups) * tile.rows
+                column = tirx.floormod(block, across) * tile.columns
+                group = tirx.floormod(tirx.floordiv(block, across), gemm.groups)
+                sums = product.run(shared, thread, row, column, group)
+                epilogue.run(sums, tile, thread, row, column, group)
+    return builder.get().body
+
+
+def pitch(tile: Tile) -> int:
+    """Words from row to row of a tile's sums in shared memory: a warp stores the pairs of a fragment (eight rows, four
+    pairs) in two passes without conflict."""
+    return tile.columns + 8
+
+
+def largest_that_fills(tiles: Sequence[Tile], gemm: Gemm, sms: int) -> Tile:
+    """The first tile, of tiles from large to small, of which there are enough to give every multiprocessor one."""
+    for tile in tiles:
+        count = math.ceil(gemm.rows / tile.rows) * math.ceil(gemm.columns / tile.columns) * gemm.groups
+        if count >= sms:
+            return tile
+    return tiles[-1]
