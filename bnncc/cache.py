@@ -1,7 +1,8 @@
 """The compile cache: versions of artifacts, kept on disk under a digest of everything they were made from.
 
-A key covers the imported module with its constants, the target, the options, the sources of bnncc and the versions of
-the packages that take part, so that an entry never has to be found out of date: what differs has another key.
+A key covers the imported module with its constants, the target, the options, the sources of bnncc, the versions of the
+packages that take part and the compiler of CUDA, so that an entry never has to be found out of date: what differs has
+another key.
 
 The folder is `$BNNCC_CACHE`, or `bnncc` under `$XDG_CACHE_HOME` or `~/.cache`; `BNNCC_CACHE=off` does without. The
 entries used longest ago go when all together take more than `MOST_BYTES`. A folder that cannot be written and an entry
@@ -29,7 +30,10 @@ from bnncc import runtime
 from bnncc.dialect.plan import Layer, Plan, Step, Tensor, Value
 from bnncc.runtime.container import write_whole
 from bnncc.runtime.errors import BnnccError
-from bnncc.targets.descriptor import TargetSpec
+from bnncc.targets.cuda import toolchain
+from bnncc.targets.cuda.descriptor import CudaSpec
+from bnncc.targets.descriptor import AnyTarget
+from bnncc.targets.launch import DeviceCode, Launch, Resources
 from bnncc.targets.link import Version
 
 MOST_BYTES = 2 << 30
@@ -78,12 +82,17 @@ class Entry:
     """The versions of one artifact in the cache, each in a file of its own, named by its key."""
 
     keys: tuple[str, ...]
-    targets: tuple[TargetSpec, ...]
+    targets: tuple[AnyTarget, ...]
 
     @classmethod
-    def of(cls, model: bytes, targets: Sequence[TargetSpec], *settings: Any) -> Entry:
-        """model: a digest of it. settings: what else decides the result, values whose `repr` says all about them."""
-        return cls(tuple(_key(model, spec, len(targets), *settings) for spec in targets), tuple(targets))
+    def of(cls, model: bytes, targets: Sequence[AnyTarget], *settings: Any) -> Entry:
+        """model: a digest of it. settings: what else decides the result, values whose `repr` says all about them.
+
+        Raises BnnccError where nothing here compiles for a target that is a GPU.
+        """
+        tools = [toolchain.compiler(spec.sm).identity if isinstance(spec, CudaSpec) else "" for spec in targets]
+        keys = (_key(model, spec, len(targets), *settings, tool) for spec, tool in zip(targets, tools, strict=True))
+        return cls(tuple(keys), tuple(targets))
 
     def load(self) -> tuple[Version, ...] | None:
         """All versions, or None if one is missing or cannot be read."""
@@ -95,7 +104,7 @@ class Entry:
             _store(key, made)
 
 
-def _load(key: str, target: TargetSpec) -> Version | None:
+def _load(key: str, target: AnyTarget) -> Version | None:
     place = folder()
     path = place / f"{key}.zip" if place else None
     if path is None or not path.is_file():
@@ -104,10 +113,13 @@ def _load(key: str, target: TargetSpec) -> Version | None:
         with zipfile.ZipFile(path) as entry:
             plan = _plan(json.loads(entry.read("plan.json")), entry.read("weights"))
             objects = tuple(entry.read(name) for name in sorted(entry.namelist()) if name.startswith("object"))
+            device = None
+            if "device.json" in entry.namelist():
+                device = _device(json.loads(entry.read("device.json")), entry.read("image"), entry.read("ptx"))
         os.utime(path)  # the eviction goes by it
     except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError):
         return None
-    return Version(plan, target, objects)
+    return Version(plan, target, objects, device)
 
 
 def _store(key: str, made: Version) -> None:
@@ -122,6 +134,11 @@ def _store(key: str, made: Version) -> None:
         entry.writestr("weights", weights)
         for index, code in enumerate(made.objects):
             entry.writestr(f"object{index:03}", code)
+        if made.device is not None:
+            code = dataclasses.asdict(made.device)
+            entry.writestr("image", code.pop("image"))
+            entry.writestr("ptx", code.pop("ptx"))
+            entry.writestr("device.json", json.dumps(code))
     try:
         place.mkdir(parents=True, exist_ok=True)
         write_whole(place / f"{key}.zip", buffer.getvalue())
@@ -154,6 +171,16 @@ def _plan(fields: dict[str, Any], weights: bytes) -> Plan:
         **fields, inputs=inputs, outputs=outputs, tensors=tuple(tensors), init=init, steps=steps, layers=layers,
         weights=weights,
     )  # fmt: skip
+
+
+def _device(fields: dict[str, Any], image: bytes, ptx: bytes) -> DeviceCode:
+    launches = tuple(tuple(_launch(row) for row in step) for step in fields.pop("launches"))
+    resources = {name: Resources(**row) for name, row in fields.pop("resources").items()}
+    return DeviceCode(**fields, image=image, ptx=ptx, launches=launches, resources=resources)
+
+
+def _launch(row: dict[str, Any]) -> Launch:
+    return Launch(**{**row, **{name: tuple(row[name]) for name in ("grid", "block", "args")}})
 
 
 def _value(fields: dict[str, Any] | None) -> Value | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from bnncc.runtime.container import write_whole
 from bnncc.runtime.errors import BnnccError
-from bnncc.targets.descriptor import TargetSpec
+from bnncc.targets.descriptor import AnyTarget
 
 from .rules.candidates import is_legal
 from .rules.register_tile import Tile, TileRequest
@@ -52,7 +52,7 @@ def database_path() -> Path | None:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "bnncc" / "tuning.json"
 
 
-def target_key(target: TargetSpec) -> str:
+def target_key(target: AnyTarget) -> str:
     """The name of a target's records: `native` means another machine elsewhere, so the processor is part of it."""
     return f"{target.name} {target.cpu}"
 
@@ -125,14 +125,14 @@ class Database:
             raise _damaged(path) from None
         return cls(path, targets)
 
-    def tiles(self, target: TargetSpec) -> RecordedTiles:
+    def tiles(self, target: AnyTarget) -> RecordedTiles:
         return RecordedTiles(dict(self._targets.get(target_key(target), {})))
 
-    def signature(self, targets: Sequence[TargetSpec]) -> tuple[Any, ...]:
+    def signature(self, targets: Sequence[AnyTarget]) -> tuple[Any, ...]:
         """What the code for these targets owes to the records, for cache keys."""
         return tuple(self.tiles(target).signature for target in targets)
 
-    def add(self, target: TargetSpec, request: TileRequest, record: Record) -> None:
+    def add(self, target: AnyTarget, request: TileRequest, record: Record) -> None:
         self._targets.setdefault(target_key(target), {})[kernel_key(request)] = record
 
     def write(self) -> None:
