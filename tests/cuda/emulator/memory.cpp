@@ -1,0 +1,252 @@
+// Sees what a GPU does not: accesses outside the kernel's arguments, reads of shared memory that nobody wrote or whose
+// cp.async has not been waited for, and races in shared memory.
+//
+// The compiler calls the functions __tsan_* before each access to memory that is not provably the thread's own: these
+// are the hooks of its thread sanitizer, put in with -fsanitize=thread, with another library behind them.
+//
+// Races: the clock counts barriers. Two accesses to a byte, one of them a write, by two threads, race unless a barrier
+// of the block, or a __syncwarp of both, lies between.
+
+#include "memory.h"
+
+#include <string.h>
+
+#include "emulated.h"
+
+extern "C" const char __ehdr_start[] __attribute__((visibility("hidden")));
+extern "C" const char _end[] __attribute__((visibility("hidden")));
+
+namespace emu {
+namespace {
+
+constexpr uint16_t kNobody = 0xffff, kMany = 0xfffe, kManyOfWarp = 0x8000;  // the last one: with the warp's number
+
+struct Shadow {  // of one byte of shared memory
+  uint32_t written, read;  // when: values of the clock
+  uint16_t writer, reader;
+  bool in_flight;  // a cp.async of `writer` to it is not finished
+};
+
+Shadow shadows[kMostShared];
+uint32_t now, block_began, last_barrier;
+uint32_t checks;
+// The first read of a byte that nobody had written. Told at the next barrier: if another thread writes the byte before
+// that, then it is a race, which says more.
+struct {
+  bool seen;
+  uint32_t offset, thread;
+} unwritten;
+const Buffer* buffers;
+size_t buffer_count;
+Buffer last_hit, stacks;
+
+bool ordered(uint32_t time, uint16_t who) {
+  if (time < last_barrier || who == current->index) return true;
+  if (who == kMany) return false;
+  uint32_t warp = current->index / kLanes;
+  if (time >= current->synced) return false;
+  if (who >= kManyOfWarp) return who == (kManyOfWarp | warp) && current->synced_with == kFull;
+  return who / kLanes == warp && (current->synced_with >> who % kLanes & 1);
+}
+
+[[noreturn]] void race(const char* what, const char* before, uint32_t offset, uint16_t who) {
+  char other[40];
+  if (who == kMany)
+    strcpy(other, "several threads");
+  else if (who >= kManyOfWarp)
+    __builtin_snprintf(other, sizeof other, "several threads of warp %d", who & ~kManyOfWarp);
+  else
+    __builtin_snprintf(other, sizeof other, "thread %d", who);
+  fail("race in shared memory at byte %u: thread %u %s what %s %s, without a barrier between", offset, current->index,
+       what, other, before);
+}
+
+void shared_read(uint32_t offset, size_t size) {
+  uint16_t me = current->index;
+  for (Shadow *s = shadows + offset, *end = s + size; s < end; s++) {
+    if (s->in_flight && s->written >= block_began)
+      fail("byte %u of shared memory is read while thread %u's cp.async to it is under way: a wait_group is missing",
+           uint32_t(s - shadows), s->writer);
+    if (s->written < block_began) {
+      if (!unwritten.seen) unwritten = {true, uint32_t(s - shadows), me};
+    } else if (checks & check_races && !ordered(s->written, s->writer)) {
+      race("reads", "wrote", s - shadows, s->writer);
+    }
+    if (s->read < last_barrier || s->reader == me) {
+      s->reader = me;
+    } else if (s->reader != kMany) {
+      uint32_t warp = s->reader >= kManyOfWarp ? s->reader & ~kManyOfWarp : s->reader / kLanes;
+      s->reader = warp == me / kLanes ? kManyOfWarp | warp : kMany;
+    }
+    s->read = now;
+  }
+}
+
+void shared_write(uint32_t offset, size_t size, bool in_flight) {
+  for (Shadow *s = shadows + offset, *end = s + size; s < end; s++) {
+    if (s->in_flight && s->written >= block_began)
+      fail("byte %u of shared memory is written while thread %u's cp.async to it is under way", uint32_t(s - shadows),
+           s->writer);
+    if (checks & check_races) {
+      if (s->written >= block_began && !ordered(s->written, s->writer)) race("writes", "wrote", s - shadows, s->writer);
+      if (s->read >= block_began && !ordered(s->read, s->reader)) race("writes", "read", s - shadows, s->reader);
+    }
+    *s = {now, 0, uint16_t(current->index), kNobody, in_flight};
+  }
+}
+
+bool holds(const Buffer& buffer, const void* address, size_t size) {
+  size_t offset = static_cast<const uint8_t*>(address) - buffer.base;
+  return offset < buffer.size && size <= buffer.size - offset;
+}
+
+void check_elsewhere(const void* address, size_t size, const char* what) {
+  if (holds(last_hit, address, size) || holds(stacks, address, size) || !(checks & check_bounds)) return;
+  for (size_t i = 0; i < buffer_count; i++)
+    if (holds(buffers[i], address, size)) {
+      last_hit = buffers[i];
+      return;
+    }
+  if (address >= static_cast<const void*>(__ehdr_start) && address < static_cast<const void*>(_end)) return;
+  size_t best = 0;
+  ptrdiff_t nearest = PTRDIFF_MAX;
+  for (size_t i = 0; i < buffer_count; i++) {
+    ptrdiff_t from = static_cast<const uint8_t*>(address) - buffers[i].base;
+    ptrdiff_t distance = from < 0 ? -from : from - ptrdiff_t(buffers[i].size);
+    if (distance < nearest) nearest = distance, best = i;
+  }
+  if (!buffer_count) fail("%s of %zu bytes at %p, but the kernel has no memory", what, size, address);
+  fail("%s of %zu bytes at byte %td of buffer %zu, which has %zu", what, size,
+       static_cast<const uint8_t*>(address) - buffers[best].base, best, buffers[best].size);
+}
+
+}  // namespace
+
+void memory_begin_launch(uint32_t wanted, const Buffer* given, size_t count, Buffer fiber_stacks) {
+  checks = wanted;
+  buffers = given;
+  buffer_count = count;
+  last_hit = {};
+  stacks = fiber_stacks;
+}
+
+void memory_begin_block() {
+  // Nothing of an earlier block counts: what is older than `block_began` was never written.
+  block_began = last_barrier = ++now;
+  if (now > 0xf0000000u) {
+    memset(shadows, 0, sizeof shadows);
+    block_began = last_barrier = now = 1;
+  }
+  memset(shared, kPoison, shared_size);
+  unwritten.seen = false;
+}
+
+void memory_end_epoch() {
+  last_barrier = ++now;
+  if (!unwritten.seen || !(checks & check_uninitialised)) return;
+  current = &threads[unwritten.thread];
+  fail("byte %u of shared memory is read before it is written", unwritten.offset);
+}
+
+void memory_sync_warp(Warp& warp, uint32_t mask) {
+  ++now;
+  for (uint32_t lane = 0; lane < kLanes; lane++)
+    if (mask >> lane & 1) {
+      threads[warp.first + lane].synced = now;
+      threads[warp.first + lane].synced_with = mask;
+    }
+}
+
+static uint32_t in_shared(const void* address, size_t size) {
+  size_t offset = static_cast<const uint8_t*>(address) - shared;
+  return offset < shared_size && size <= shared_size - offset ? uint32_t(offset) : kFull;
+}
+
+void check_read(const void* address, size_t size) {
+  uint32_t offset = in_shared(address, size);
+  if (offset != kFull) return shared_read(offset, size);
+  check_elsewhere(address, size, "read");
+}
+
+void check_write(const void* address, size_t size) {
+  uint32_t offset = in_shared(address, size);
+  if (offset != kFull) return shared_write(offset, size, false);
+  check_elsewhere(address, size, "write");
+}
+
+void check_atomic(const void* address, size_t size) {
+  // Atomics do not race with each other; that plain accesses may race with them is not looked at.
+  if (in_shared(address, size) == kFull) check_elsewhere(address, size, "atomic");
+}
+
+void begin_copy(const Copy& copy) {
+  uint8_t* to = at_shared(copy.to, copy.bytes, copy.bytes, "cp.async");
+  if (copy.filled) check_elsewhere(copy.from, copy.filled, "cp.async");
+  shared_write(to - shared, copy.bytes, true);
+  memset(to, kPoison, copy.bytes);
+}
+
+void finish_copy(const Copy& copy) {
+  uint8_t* to = at_shared(copy.to, copy.bytes, copy.bytes, "cp.async");
+  memcpy(to, copy.from, copy.filled);
+  memset(to + copy.filled, 0, copy.bytes - copy.filled);
+  for (uint32_t i = 0; i < copy.bytes; i++)
+    shadows[to - shared + i] = {now, 0, uint16_t(current->index), kNobody, false};
+}
+
+}  // namespace emu
+
+// The compiler's checks of alignment and of indices into arrays of known size end here.
+struct SourceLocation {
+  const char* file;
+  uint32_t line, column;
+};
+struct Misalignment {
+  SourceLocation where;
+  const void* type;
+  uint8_t log_alignment, kind;
+};
+extern "C" void emu_misaligned(const void* address, size_t alignment, int line) {
+  emu::fail("line %d: access at %p, which is not aligned to %zu bytes", line, address, alignment);
+}
+static void misaligned(const Misalignment* what, const void* address) {
+  emu_misaligned(address, size_t(1) << what->log_alignment, int(what->where.line));
+}
+static void out_of_bounds(const SourceLocation* where, uintptr_t index) {
+  emu::fail("line %u: index %td is outside the array", where->line, ptrdiff_t(index));
+}
+extern "C" void __ubsan_handle_type_mismatch_v1(Misalignment* what, void* address) { misaligned(what, address); }
+extern "C" void __ubsan_handle_type_mismatch_v1_abort(Misalignment* what, void* address) { misaligned(what, address); }
+extern "C" void __ubsan_handle_out_of_bounds(SourceLocation* where, uintptr_t index) { out_of_bounds(where, index); }
+extern "C" void __ubsan_handle_out_of_bounds_abort(SourceLocation* where, uintptr_t index) {
+  out_of_bounds(where, index);
+}
+
+// The hooks. With __tsan_memcpy and its like comes the copying itself.
+#define HOOKS(size)                                                                                           \
+  extern "C" void __tsan_read##size(void* a) { emu::check_read(a, size); }                                    \
+  extern "C" void __tsan_write##size(void* a) { emu::check_write(a, size); }                                  \
+  extern "C" void __tsan_unaligned_read##size(void* a) { emu::check_read(a, size); }                          \
+  extern "C" void __tsan_unaligned_write##size(void* a) { emu::check_write(a, size); }                        \
+  extern "C" void __tsan_read_write##size(void* a) { emu::check_read(a, size), emu::check_write(a, size); }   \
+  extern "C" void __tsan_unaligned_read_write##size(void* a) { emu::check_read(a, size), emu::check_write(a, size); }
+HOOKS(1) HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
+
+extern "C" void __tsan_init() {}
+
+extern "C" void* __tsan_memcpy(void* to, const void* from, size_t size) {
+  emu::check_read(from, size);
+  emu::check_write(to, size);
+  return memcpy(to, from, size);
+}
+
+extern "C" void* __tsan_memmove(void* to, const void* from, size_t size) {
+  emu::check_read(from, size);
+  emu::check_write(to, size);
+  return memmove(to, from, size);
+}
+
+extern "C" void* __tsan_memset(void* to, int value, size_t size) {
+  emu::check_write(to, size);
+  return memset(to, value, size);
+}
