@@ -39,7 +39,7 @@ class Stopwatch:
 
     def repeater(self, first: int, count: int, times: int) -> Callable[[], None]:
         """A function that runs `count` steps from `first` so many times, on what is in their tensors."""
-        instance = self._session._instance
+        instance = self._session._instance.pointer
 
         def repeat() -> None:
             if _library().repeat(self._run, instance, first, count, times):
@@ -56,7 +56,7 @@ class Stopwatch:
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(rounds) < 3:
             times = (ctypes.c_double * (self._count + 1))()
-            if _library().lap(self._run, self._session._instance, self._count, wall, times):
+            if _library().lap(self._run, self._session._instance.pointer, self._count, wall, times):
                 raise self._session._library.failure()
             rounds.append([took - times[self._count] for took in times[: self._count]])
         return [max(0.0, statistics.median(step)) for step in zip(*rounds, strict=True)]

@@ -60,4 +60,4 @@ class Artifact:
         Raises UnsupportedMachineError for an artifact of another machine.
         """
         with tempfile.TemporaryDirectory(prefix="bnncc-") as folder:
-            return Session(self.save(Path(folder) / f"{self.name}.so"), threads, version)
+            return Session(self.save(Path(folder) / f"{self.name}.so"), threads, version=version)

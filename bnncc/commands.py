@@ -17,7 +17,7 @@ from bnncc.runtime.container import read_manifest, write_whole
 from bnncc.runtime.device import open_device
 from bnncc.runtime.errors import BnnccError
 from bnncc.runtime.manifest import PortEntry
-from bnncc.terminal import console, finding_table, layer_table, progress_bar, readable
+from bnncc.terminal import console, finding_table, kernel_table, layer_table, progress_bar, readable
 
 _MODEL_HELP = """MODEL is a .pt2 file (torch.export.save), an .onnx file (QONNX operators included), or
 package.module:callable whose callable returns a torch.nn.Module; then --input-shape says what it is called with, and
@@ -51,7 +51,8 @@ _device_option = click.option(
     "--device",
     default="local",
     show_default=True,
-    help="local, or qemu for an artifact of another architecture; that takes the runner model-run beside model.so.",
+    help="local, cuda:1 to choose a GPU, or qemu for an artifact of another architecture; that takes the runner "
+    "model-run beside model.so.",
 )
 
 
@@ -136,9 +137,14 @@ def compile_command(
     from bnncc import cache
     from bnncc.artifact import Artifact
     from bnncc.targets import search, tuning
+    from bnncc.targets.cuda import toolchain
+    from bnncc.targets.cuda.descriptor import CudaSpec
     from bnncc.targets.descriptor import get_targets
 
     specs = get_targets(target)  # before minutes of loading and tracing: a typo is known at once
+    for spec in specs:
+        if isinstance(spec, CudaSpec):
+            toolchain.compiler(spec.sm)  # and so is that nothing here can compile for it
     _check_folder(output, header, runner)
     if (float_layers == "int8") != bool(calibrate) or (keep_float and not calibrate):
         raise BnnccError(
@@ -326,14 +332,19 @@ def _inspect_artifact(artifact: Path, as_json: bool) -> None:
     if quantized := dict.fromkeys(entry["path"] or entry["layer"] for entry in manifest.get("quantized", ())):
         facts.append(("opt-in", f"int8 in {', '.join(quantized)}"))
     for version in manifest["versions"]:
-        facts += [
-            ("version", f"{version['name']}: {version['cpu']}; needs {' '.join(version['features'])}"),
+        device = version["device"]
+        needs = f"a driver of CUDA {_release(device['driver'])}" if device else " ".join(version["features"])
+        facts.append(("version", f"{version['name']}: {version['cpu']}; needs {needs}"))
+        if device:
+            sizes = f"{readable(device['image_bytes'])} for {device['sm']}, {readable(device['ptx_bytes'])} PTX"
+            facts.append(("code", f"{sizes} for later GPUs"))
+        facts.append(
             (
                 "memory",
                 f"{readable(version['arena_bytes'])} arena, {readable(version['persistent_bytes'])} kept, "
-                f"{readable(version['weights_bytes'])} weights",
-            ),
-        ]
+                f"{readable(version['weights_bytes'])} weights{', on the GPU' if device else ''}",
+            )
+        )
     out = console()
     for key, value in facts:
         out.print(f"{key + ':':9}{value}", highlight=False, soft_wrap=True)
@@ -341,6 +352,8 @@ def _inspect_artifact(artifact: Path, as_json: bool) -> None:
     if len(manifest["versions"]) > 1:  # their layers are the same but for the bytes
         out.print(f"layers of {first['name']}:", highlight=False)
     out.print(layer_table(first["layers"]))
+    if first["device"]:
+        out.print(kernel_table(first["device"]))
 
 
 @bnncc.command(short_help="Lists the targets.")
@@ -436,6 +449,11 @@ def _load_arrays(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     arrays = dict(_load_numpy(path, np.lib.npyio.NpzFile, "numpy.savez(path, x=…, labels=…)"))
     labels = arrays.pop("labels", None)
     return arrays, labels
+
+
+def _release(version: int) -> str:
+    """A release of CUDA, as cuDriverGetVersion counts: "12.0" of 12000."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _port(port: PortEntry) -> str:

@@ -15,6 +15,7 @@ from bnncc.runtime.errors import (
     LinkError,
     UnsupportedMachineError,
 )
+from bnncc.runtime.gpu import DeviceArray
 from bnncc.runtime.manifest import Manifest
 from bnncc.runtime.session import Session, load
 
@@ -22,6 +23,7 @@ __all__ = [
     "ArtifactError",
     "BnnccError",
     "Device",
+    "DeviceArray",
     "DeviceError",
     "ExecutionError",
     "InputError",

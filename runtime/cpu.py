@@ -42,13 +42,15 @@ def host_features() -> frozenset[str] | None:
 def check_machine(manifest: Manifest, path: str | os.PathLike[str], version: str | None = None) -> None:
     """Raises UnsupportedMachineError unless that version of the artifact, or any, can run in this process.
 
-    Which one will run the driver decides, who asks the processor itself. InputError: there is no version of that name.
+    Which one will run the driver decides, who asks the processor itself, and about GPUs their own driver.
+    InputError: there is no version of that name.
     """
     target, host = manifest["target"], host_architecture()
     if manifest["arch"] != host:
+        emulated = all(version["device"] is None for version in manifest["versions"])
         raise UnsupportedMachineError(
-            f"{path}: compiled for {manifest['arch']} (target {target}), this machine is {host}; "
-            "compile for it, or use --device qemu"
+            f"{path}: compiled for {manifest['arch']} (target {target}), this machine is {host}; compile for it"
+            + (", or use --device qemu" if emulated else "")
         )
     features = host_features()
     versions = manifest["versions"] if version is None else [version_named(manifest, version)]

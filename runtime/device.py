@@ -1,8 +1,8 @@
 """Devices: places where an artifact runs, all with one interface, for validating and timing it there.
 
-"local" loads the artifact into this process. "qemu" runs its runner, the static executable that
-`bnncc compile -o model.so --runner model-run` builds, under qemu-user. The runner of `DIR/NAME.so` is `DIR/NAME-run`
-(`runner_path`); that it belongs to the artifact is checked by comparing the manifests.
+"local" loads the artifact into this process; so do "cuda" and "cuda:1", which choose a GPU. "qemu" runs its runner, the
+static executable that `bnncc compile -o model.so --runner model-run` builds, under qemu-user. The runner of
+`DIR/NAME.so` is `DIR/NAME-run` (`runner_path`); that it belongs to the artifact is checked by comparing the manifests.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bnncc.runtime.errors import DeviceError, ExecutionError, InputError
 from bnncc.runtime.manifest import Manifest, VersionEntry, tensor_bytes, version_named
 from bnncc.runtime.session import Array, Session, check_inputs
 
-DEVICES = ("local", "qemu")
+DEVICES = ("local", "cuda:N", "qemu")
 
 
 class Device(ABC):
@@ -78,14 +78,16 @@ class Device(ABC):
 
 
 def open_device(artifact: str | os.PathLike[str], device: str = "local", threads: int | None = None) -> Device:
-    """Opens an artifact on a device: "local" or "qemu".
+    """Opens an artifact on a device: "local", "cuda" or "cuda:N", "qemu".
 
     Raises:
         DeviceError: the device is unknown, or something it needs is missing.
-        ArtifactError, UnsupportedMachineError, InputError: as `bnncc.runtime.load`.
+        ArtifactError, UnsupportedMachineError, InputError, ExecutionError: as `bnncc.runtime.load`.
     """
     if device == "local":
         return LocalDevice(artifact, threads)
+    if device.partition(":")[0] == "cuda":
+        return LocalDevice(artifact, threads, device)
     if device == "qemu":
         manifest = read_manifest(artifact)
         return RunnerDevice([_emulator(manifest), str(_runner(artifact))], manifest, threads)
@@ -99,10 +101,10 @@ def runner_path(artifact: str | os.PathLike[str]) -> Path:
 
 
 class LocalDevice(Device):
-    """The artifact in this process."""
+    """The artifact in this process. device: as for `bnncc.runtime.load`."""
 
-    def __init__(self, artifact: str | os.PathLike[str], threads: int | None = None) -> None:
-        self.session = Session(artifact, threads)
+    def __init__(self, artifact: str | os.PathLike[str], threads: int | None = None, device: str | None = None) -> None:
+        self.session = Session(artifact, threads, device)
         self.manifest, self.version = self.session.manifest, self.session.version
 
     def write(self, tensor: int, array: Array) -> None:

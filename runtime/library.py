@@ -13,14 +13,25 @@ from bnncc.runtime import container, cpu
 from bnncc.runtime.errors import ArtifactError, ExecutionError
 from bnncc.runtime.manifest import Manifest
 
+_POINTERS = ctypes.POINTER(ctypes.c_void_p)
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "create_on": (ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_int32]),
     "destroy": (None, [ctypes.c_void_p]),
-    "run": (ctypes.c_int, [ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_void_p)]),
-    "run_steps": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]),
-    "set_threads": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int32]),
-    "tensor_data": (ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int32]),
     "version": (ctypes.c_char_p, [ctypes.c_void_p]),
+    "device": (ctypes.c_int32, [ctypes.c_void_p]),
+    "run": (ctypes.c_int, [ctypes.c_void_p, _POINTERS, _POINTERS]),
+    "run_device": (ctypes.c_int, [ctypes.c_void_p, _POINTERS, _POINTERS, ctypes.c_void_p]),
+    "run_steps": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32]),
+    "stream": (ctypes.c_void_p, [ctypes.c_void_p]),
+    "wait": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_void_p]),
+    "synchronize": (ctypes.c_int, [ctypes.c_void_p]),
+    "set_threads": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_int32]),
+    "host_alloc": (ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t]),
+    "host_free": (None, [ctypes.c_void_p, ctypes.c_void_p]),
+    "device_alloc": (ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t]),
+    "device_free": (None, [ctypes.c_void_p, ctypes.c_void_p]),
+    "copy": (ctypes.c_int, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]),
+    "tensor_data": (ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_int32]),
     "error": (ctypes.c_char_p, []),
 }
 
@@ -94,6 +105,12 @@ class Library:
     # Set from _FUNCTIONS; named here for readers and type checkers.
     create_on: ctypes._NamedFuncPointer
     destroy: ctypes._NamedFuncPointer
-    tensor_data: ctypes._NamedFuncPointer
     version: ctypes._NamedFuncPointer
+    device: ctypes._NamedFuncPointer
+    stream: ctypes._NamedFuncPointer
+    host_alloc: ctypes._NamedFuncPointer
+    host_free: ctypes._NamedFuncPointer
+    device_alloc: ctypes._NamedFuncPointer
+    device_free: ctypes._NamedFuncPointer
+    tensor_data: ctypes._NamedFuncPointer
     error: ctypes._NamedFuncPointer

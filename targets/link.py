@@ -12,7 +12,6 @@ import importlib.util
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from bnncc.dialect.plan import Plan, Tensor
 from bnncc.runtime.container import seal, write_whole
 from bnncc.runtime.errors import LinkError
 from bnncc.runtime.manifest import FORMAT, Manifest, tensor_bytes
+from bnncc.targets.cuda.cubin import least_driver
 from bnncc.targets.elf import Elf
 from bnncc.targets.launch import DeviceCode
 from bnncc.targets.modelc import MANIFEST_SECTION, Files, model_c, model_h, symbol_prefix, version_script
@@ -189,22 +189,12 @@ def _device_entry(device: DeviceCode) -> dict[str, Any]:
     return {
         "kind": "cuda",
         "sm": device.sm,
-        "driver": _driver_version(device.ptx),
+        "driver": least_driver(device.ptx),
         "image_bytes": len(device.image),
         "ptx_bytes": len(device.ptx),
         "kernels": {name: dataclasses.asdict(resources) for name, resources in sorted(device.resources.items())},
         "launches": [[dataclasses.asdict(launch) for launch in step] for step in device.launches],
     }
-
-
-def _driver_version(ptx: bytes) -> int:
-    """What the driver must be at least, as cuDriverGetVersion counts: the first of the major release of CUDA that wrote
-    the PTX, since drivers run all code of their own major release (CUDA compatibility guide, minor version
-    compatibility). PTX ISA 7.x is CUDA 11's, 8.x is 12's, 9.x is 13's (PTX ISA, release notes)."""
-    match = re.search(rb"^\s*\.version\s+(\d+)\.\d+", ptx, re.MULTILINE)
-    if match is None:
-        raise ValueError("the device's PTX states no version")
-    return (int(match[1]) + 4) * 1000
 
 
 def _ports(plan: Plan, ids: Sequence[int]) -> list[dict[str, Any]]:
@@ -322,11 +312,14 @@ def _write_sources(
         path.write_bytes(content)
         return path
 
+    def code(device: DeviceCode | None) -> tuple[Path, Path] | None:
+        return None if device is None else (included("image", device.image), included("ptx", device.ptx))
+
     devices = [version.device for version in versions]
     files = Files(
         weights=included("weights", weights),
         manifest=included("manifest", json.dumps(manifest, separators=(",", ":")).encode()),
-        codes=[device and (included("image", device.image), included("ptx", device.ptx)) for device in devices],
+        codes=[code(device) for device in devices],
     )
     (folder / "model.h").write_text(model_h(manifest))
     (folder / "model.c").write_text(model_c(plans, devices, manifest, files))

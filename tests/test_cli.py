@@ -188,7 +188,7 @@ COMPILE = ["compile", "cli_nets:net", "--input-shape", SHAPE, "-o", "new.so"]
         (["run", "model.so", "--input", "wrong.npy"], "has shape (2, 8, 6, 5)"),
         (["run", "model.so", "--input", "empty.npy"], "is empty and has shape (0, 8, 6, 5)"),
         (["run", "model.so", "--input", "double.npy"], "has dtype float64"),
-        (["run", "model.so", "--input", "x.npy", "--device", "pi"], "unknown device 'pi'; devices are local, qemu"),
+        (["run", "model.so", "--input", "x.npy", "--device", "pi"], "unknown device 'pi'; devices are local, cuda:N, qemu"),
         (["run", "model.so", "--input", "x.npy", "--output", "no/y.npy"], "there is no folder 'no'"),
         (["run", "truncated.so", "--input", "x.npy"], "truncated"),
         (["run", "altered.so", "--input", "x.npy"], "altered"),

@@ -82,7 +82,7 @@ def test_closed_devices_say_so(device):
 
 
 def test_unknown_device(artifact):
-    with pytest.raises(DeviceError, match=r"unknown device 'quemu'; devices are local, qemu"):
+    with pytest.raises(DeviceError, match=r"unknown device 'quemu'; devices are local, cuda:N, qemu"):
         runtime.open_device(artifact, "quemu")
 
 

@@ -61,15 +61,45 @@ def test_takes_arrays_of_any_strides(tiny, session):
         assert session.bench(1, [strided, n])
 
 
-def test_unaligned_outputs_are_written_by_the_driver(tiny, session):
-    """Python always passes aligned outputs; a C program may not."""
-    import ctypes
-
+def test_outputs_go_where_the_caller_says(tiny, session):
+    """Also to memory that is not aligned, which the driver does not use in place."""
     x, n = tiny.inputs()
     y, m = np.zeros(x.size + 1, np.float32)[1:].reshape(x.shape), np.zeros_like(n)
-    pointers = [(ctypes.c_void_p * 2)(a.ctypes.data, b.ctypes.data) for a, b in ((x, n), (y, m))]
-    session._library.call("run", session._instance, *pointers)
+    returned = session(x, n, out=(y, m))
+    assert returned[0] is y and returned[1] is m
     tiny.check((y, m), x, n)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (lambda y, m: (y,), r"the model has 2 output\(s\) \(y, m\), 1 given"),
+        (lambda y, m: (y[:3], m), r"output 'y' has shape \(3, 1024\), the model was compiled for \(6, 1024\)"),
+        (lambda y, m: (y, m.astype(np.int32)), r"output 'm' has dtype int32, the model gives int64"),
+        (lambda y, m: (np.asfortranarray(y), m), r"output 'y' must be a NumPy array, contiguous and writeable"),
+        (lambda y, m: (y, m.tolist()), r"output 'm' must be a NumPy array"),
+    ],
+)
+def test_refuses_outputs_that_do_not_fit(tiny, session, out, message):
+    x, n = tiny.inputs()
+    with pytest.raises(InputError, match=message):
+        session(x, n, out=out(np.empty_like(x), np.empty_like(n)))
+
+
+def test_buffers_of_the_session_outlive_it(tiny, artifact):
+    x, n = tiny.inputs()
+    with runtime.load(artifact) as session:
+        inputs, outputs = session.pinned()
+        inputs[0][...], inputs[1][...] = x, n
+        assert all(array.ctypes.data % 64 == 0 for array in (*inputs, *outputs))
+        session(*inputs, out=outputs)
+    tiny.check(outputs, x, n)
+    part = outputs[0][1:]
+    del inputs, outputs
+    assert str(artifact) in Path("/proc/self/maps").read_text()
+    tiny.check((np.vstack([tiny.expected(x, n)[0][:1], part]), n + 1), x, n)
+    del part
+    assert str(artifact) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8, None])
@@ -122,6 +152,28 @@ def test_refuses_no_threads(artifact, threads):
 def test_refuses_too_many_threads(artifact):
     with pytest.raises(ExecutionError, match=r"tiny: 100000 threads asked for; 1 to 1024 are supported"):
         runtime.load(artifact, threads=100000)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_refuses_a_gpu_for_an_artifact_of_the_cpu(artifact, device):
+    with pytest.raises(
+        InputError, match=rf"device '{device}' cannot run the artifact, .* for x86-64-v2; its device is cpu"
+    ):
+        runtime.load(artifact, device=device)
+
+
+@pytest.mark.parametrize("device", ["", "gpu", "cpu:0", "cuda:", "cuda:-1", "cuda:one"])
+def test_refuses_unknown_devices(artifact, device):
+    with pytest.raises(InputError, match=rf"unknown device '{device}'; a device is cpu, cuda, or cuda:N"):
+        runtime.load(artifact, device=device)
+
+
+def test_the_cpu_is_a_device(tiny, artifact):
+    x, n = tiny.inputs()
+    with runtime.load(artifact, device="cpu") as session:
+        assert session.device == "cpu"
+        with pytest.raises(InputError, match=r"a stream is given, and the inputs lie in the host's memory"):
+            session(x, n, stream=1)
 
 
 def test_a_closed_session_says_so(tiny, artifact):
