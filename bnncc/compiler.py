@@ -22,7 +22,8 @@ from bnncc.models import is_onnx
 from bnncc.passes import pipeline
 from bnncc.runtime.errors import BnnccError
 from bnncc.targets import search, tuning
-from bnncc.targets.descriptor import TargetSpec, get_targets
+from bnncc.targets.cuda.descriptor import CudaSpec
+from bnncc.targets.descriptor import AnyTarget, TargetSpec, get_targets
 from bnncc.targets.emit import compile_kernels
 from bnncc.targets.link import Version
 
@@ -82,7 +83,7 @@ class Options:
 def compile(
     model: torch.nn.Module | torch.export.ExportedProgram | Any,
     example_inputs: Sequence[torch.Tensor] | torch.Tensor | None = None,
-    target: str | TargetSpec = "native",
+    target: str | AnyTarget = "native",
     *,
     name: str = "model",
     options: Options | None = None,
@@ -104,18 +105,22 @@ def compile(
     """
     options = options or Options()
     specs = get_targets(target)
+    asked = target if isinstance(target, str) else target.name
     report = progress or (lambda stage, done, total: None)
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise BnnccError(f"the model's name {name!r} is no C identifier: use letters, digits and underscores")
     database = tuning.Database.read(tuning.database_path())
     if options.tune:
         search.check(specs, database)
+    processors = [spec for spec in specs if isinstance(spec, TargetSpec)]
+    if options.calibration is not None and len(processors) < len(specs):
+        raise BnnccError(f"float layers compute with int8 on processors, not on {asked}: leave that option out")
     report("trace", 0, 1)
     imported = import_model(model, example_inputs)
     quantized: tuple[QuantizedLayer, ...] = ()
     if options.calibration is not None:
         report("calibrate", 0, 1)
-        quantized = calibrate(imported, specs, options.calibration, options.keep_float)
+        quantized = calibrate(imported, processors, options.calibration, options.keep_float)
     cached = options.cache and not options.dump_ir
     digest = cache.module_digest(imported.mod) if cached else b""
 
@@ -131,13 +136,12 @@ def compile(
         )
         if cached:
             entry().store(versions)
-    asked = target if isinstance(target, str) else target.name
     return Artifact(name, asked, versions, options.float_layers, quantized, tuple(map(str, tuned)))
 
 
 def _compile_version(
     mod: IRModule,
-    spec: TargetSpec,
+    spec: AnyTarget,
     name: str,
     options: Options,
     quantized: Sequence[QuantizedLayer],
@@ -169,13 +173,19 @@ def _compile_version(
             tuple(replace(step, kernel=step.kernel + suffix) for step in part) for part in (plan.init, plan.steps)
         )
         plan = replace(plan, init=init, steps=steps)
-    if options.tune:
+    if options.tune and isinstance(spec, TargetSpec):
         calls = Counter(step.kernel for step in plan.steps)
         tuned.append(search.tune(kernels, calls, spec, database, 60 * options.tune / siblings, stages))
     stages("generate code", 0, 1)
-    code = compile_kernels(IRModule(kernels), spec, database.tiles(spec))
+    if isinstance(spec, CudaSpec):
+        from bnncc.targets.cuda import emit as cuda  # a GPU's rules are not needed for processors
+
+        plan, device = cuda.compile_kernels(IRModule(kernels), plan, spec)
+        version = Version(plan, spec, device=device)
+    else:
+        version = Version(plan, spec, (compile_kernels(IRModule(kernels), spec, database.tiles(spec)),))
     stages("generate code", 1, 1)
-    return Version(plan, spec, (code,))
+    return version
 
 
 def import_model(model: Any, example_inputs: Sequence[torch.Tensor] | torch.Tensor | None) -> Imported:

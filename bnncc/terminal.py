@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -10,7 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bnncc.runtime.manifest import LayerEntry
+from bnncc.runtime.manifest import DeviceEntry, LayerEntry
+from bnncc.targets.cuda.descriptor import ARCHITECTURES, WARP
+from bnncc.targets.cuda.occupancy import blocks_per_sm
 
 if TYPE_CHECKING:
     from bnncc.inspection import Finding
@@ -54,6 +58,46 @@ def layer_table(layers: Sequence[LayerEntry]) -> Table:
             "×".join(map(str, layer["output_shape"])),
         )
     return table
+
+
+def kernel_table(device: DeviceEntry) -> Table:
+    """The launches of a version for a GPU: one row for all that are alike, in the order of the first ones. Occupancy is
+    the share of a multiprocessor's warps that its blocks of that kernel have at most."""
+    table = Table(show_footer=True)
+    alike = Counter(
+        (launch["function"], tuple(launch["grid"]), tuple(launch["block"]), launch["shared_bytes"])
+        for step in device["launches"]
+        for launch in step
+    )
+    table.add_column("kernel", "total", overflow="fold")
+    table.add_column("launches", str(alike.total()), justify="right")
+    for heading in ("grid", "block", "registers", "shared memory", "local memory", "blocks per SM", "occupancy"):
+        table.add_column(heading, justify="right")
+    gpu = ARCHITECTURES.get(device["sm"].rstrip("af"))
+    for (function, grid, block, dynamic), count in alike.items():
+        kernel = device["kernels"][function]
+        threads, shared = math.prod(block), kernel["shared_bytes"] + dynamic
+        blocks = blocks_per_sm(gpu, threads, kernel["registers"], shared) if gpu else None
+        warps = -(-threads // WARP)
+        table.add_row(
+            function,
+            str(count),
+            _extents(grid),
+            _extents(block),
+            str(kernel["registers"]),
+            f"{readable(kernel['shared_bytes'])} + {readable(dynamic)}" if dynamic else readable(shared),
+            readable(kernel["local_bytes"]) if kernel["local_bytes"] else "",
+            "" if blocks is None else str(blocks),
+            "" if blocks is None or gpu is None else f"{blocks * warps * WARP / gpu.threads_per_sm:.0%}",
+            style="yellow" if kernel["local_bytes"] else None,
+        )
+    return table
+
+
+def _extents(extents: tuple[int, ...]) -> str:
+    """A grid or a block, without the trailing dimensions of 1."""
+    used = max((axis for axis, extent in enumerate(extents) if extent > 1), default=0)
+    return "×".join(map(str, extents[: used + 1]))
 
 
 def finding_table(findings: Sequence[Finding]) -> Table:
