@@ -135,10 +135,10 @@ def _store(key: str, made: Version) -> None:
         for index, code in enumerate(made.objects):
             entry.writestr(f"object{index:03}", code)
         if made.device is not None:
-            code = dataclasses.asdict(made.device)
-            entry.writestr("image", code.pop("image"))
-            entry.writestr("ptx", code.pop("ptx"))
-            entry.writestr("device.json", json.dumps(code))
+            device = dataclasses.asdict(made.device)
+            entry.writestr("image", device.pop("image"))
+            entry.writestr("ptx", device.pop("ptx"))
+            entry.writestr("device.json", json.dumps(device))
     try:
         place.mkdir(parents=True, exist_ok=True)
         write_whole(place / f"{key}.zip", buffer.getvalue())
