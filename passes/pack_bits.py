@@ -79,12 +79,16 @@ class _Pack(Rewriter):
         unfold = attributes(self.definition[source]) if deep else None
         depth_padding = unfold["padding"] if unfold else (0, 0)
         zero_padded = a["pad_value"] == 0 and any((*a["padding"], *depth_padding)) and not ternary
-        bits = self.bits_of(source, layout, a["padding"], int(a["pad_value"] == 1), ternary)
+        # Padding with bits 0 may be the convolution's own business.
+        read = self.target.pads_while_reading and a["pad_value"] != 1 and not ternary
+        before, within = (_NO_PADDING, a["padding"]) if read else (a["padding"], _NO_PADDING)
+        bits = self.bits_of(source, layout, before, int(a["pad_value"] == 1), ternary)
         words = self.view(bits, layout)
         ternary_weight = not weight.all()
         in_lanes = 0
         if groups == 1 and not (ternary or ternary_weight) and layout.word_bits == 8:
-            width = (shape_of(words)[2] - (kw - 1) * a["dilation"][1] - 1) // a["strides"][1] + 1
+            wide = shape_of(words)[2] + within[1] + within[3]
+            width = (wide - (kw - 1) * a["dilation"][1] - 1) // a["strides"][1] + 1
             in_lanes = self.target.reduction_lanes(layout.bytes, kh * kw, width, a["strides"][1], out)
         lanes = self.target.lane_block if in_lanes else self.target.binary_lanes(out // groups)
         packed = pack_weight(weight, groups, layout.word_bits, layout.lanes, lanes, slices)
@@ -98,6 +102,7 @@ class _Pack(Rewriter):
             out_channels=out, depth=per_group * kh * kw, kernel_size=(kh, kw), strides=a["strides"],
             dilation=a["dilation"], n_eff=int(ternary_weight and not ternary), corrected=int(zero_padded),
             **({"in_lanes": in_lanes} if in_lanes else {}), **({"carry_save": 1} if self.target.carry_save else {}),
+            **({"padding": tuple(within)} if any(within) else {}),
         )  # fmt: skip
         path = origin.path if (origin := self.origin(var)) else ""
         accumulator = self.emit(product, f"{var.name}__acc", Origin("", path))

@@ -1,7 +1,7 @@
 """TE computes of the binary operators: what a kernel means, for any target.
 
 Shapes and the bit convention are those of `bnncc.runtime.bits`: bit 1 is +1, padding bits are 0 in both operands,
-``dot = K − 2·popcount(x xor w)``. Activations are NHWC; a spatially padded input arrives padded already.
+``dot = K − 2·popcount(x xor w)``. Activations are NHWC; spatial padding is there already, or said to be read as zeros.
 The roles of the stages stand in `bnncc.dialect.stages`, what packs and pools in `computes_pack`.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from tvm import te, tirx
 
 from .computes_pack import constant_byte, lookup_pack, max_pool2d_bits, pack, pad_bits, threshold_pack
-from .stages import DEPTH, GROUP, ROLE, STEPS, extents, staged, window
+from .stages import DEPTH, GROUP, ROLE, STEPS, Padding, extents, staged, window
 
 __all__ = [
     "binary_conv2d", "constant_byte", "extents", "lookup_pack", "max_pool2d_bits", "pack", "pad_bits",
@@ -54,10 +54,11 @@ def binary_conv2d(
     n_eff: te.Tensor | None = None,
     in_lanes: int = 0,
     carry_save: bool = False,
+    padding: Padding = (0, 0, 0, 0),
 ) -> te.Tensor:
     """The convolution of ±1 (or −1/0/+1) values as exact int32 dot products [N, OH, OW, out_channels].
 
-    x: words [N, H, W, G·K], already padded; ternary: [N, H, W, 2, G·K], the sign plane and the non-zero plane.
+    x: words [N, H, W, G·K]; ternary: [N, H, W, 2, G·K], the sign plane and the non-zero plane.
     w: words [G, OB, KH, KW, K, OL], OL output channels beside each other, each group's channels filled up to a multiple
        of OL by zero words; ternary: [G, OB, KH, KW, 2, K, OL].
     depth: true number of terms of one product, KH·KW·C/G; `n_eff` int32 [out_channels] replaces it where ternary
@@ -65,6 +66,7 @@ def binary_conv2d(
     in_lanes: if not 0, weights [OB, KH, KW, V, OL, in_lanes] of one group whose last axis are bytes of the reduction:
        those of one pixel (V vectors of them), or, where a pixel has fewer, of neighbouring pixels, with the same
        weights for each.
+    padding: pixels around x that are read as words of 0; not with `in_lanes` and `carry_save`.
     carry_save: bits are added up before they are counted, where neither operand is ternary and a word can hold the sum
         of its own counts: not where it is a byte.
     """
@@ -74,19 +76,27 @@ def binary_conv2d(
     ternary_x, ternary_w = len(x.shape) == 5, len(w.shape) == 7
     batch, height, width = extents(x)[:3]
     groups, blocks, kh, kw, *_, words, lanes = extents(w)
-    oh = window(height, kh, strides[0], dilation[0])
-    ow = window(width, kw, strides[1], dilation[1])
+    top, left, bottom, right = padding
+    oh = window(height + top + bottom, kh, strides[0], dilation[0])
+    ow = window(width + left + right, kw, strides[1], dilation[1])
     signed = ternary_x or (ternary_w and n_eff is None)
+    zero = tirx.const(0, str(x.dtype))
+
+    def read(n: Any, y: Any, x_: Any, *at: Any) -> Any:
+        if not any(padding):
+            return x(n, y, x_, *at)
+        inside = tirx.all(y >= top, y < top + height, x_ >= left, x_ < left + width)
+        return tirx.if_then_else(inside, x(n, y - top, x_ - left, *at), zero)
 
     def term(dtype: str) -> Callable[..., Any]:
         def f(n: Any, y: Any, x_: Any, g: Any, b: Any, lane: Any, i: Any, j: Any, k: Any) -> Any:
             pixel = (n, y * strides[0] + i * dilation[0], x_ * strides[1] + j * dilation[1])
-            xs = x(*pixel, 0, g * words + k) if ternary_x else x(*pixel, g * words + k)
+            xs = read(*pixel, 0, g * words + k) if ternary_x else read(*pixel, g * words + k)
             ws = w(g, b, i, j, 0, k, lane) if ternary_w else w(g, b, i, j, k, lane)
             differing = xs ^ ws
             if not (ternary_x or ternary_w):
                 return _as(dtype, tirx.popcount(differing))
-            masks = [x(*pixel, 1, g * words + k)] if ternary_x else []
+            masks = [read(*pixel, 1, g * words + k)] if ternary_x else []
             masks += [w(g, b, i, j, 1, k, lane)] if ternary_w else []
             mask = masks[0] if len(masks) == 1 else masks[0] & masks[1]
             mismatches = _as(dtype, tirx.popcount(differing & mask))

@@ -14,7 +14,15 @@ from tvm import relax, te, tirx
 from tvm.ir import GenericConst, register_op_attr
 from tvm_ffi import structural_equal
 
-from bnncc.dialect import computes, computes_bytes, computes_float, computes_images, computes_planes, functions
+from bnncc.dialect import (
+    computes,
+    computes_bytes,
+    computes_float,
+    computes_images,
+    computes_planar,
+    computes_planes,
+    functions,
+)
 from bnncc.dialect.computes_float import clip_value, fma, relu_value, rounded
 from bnncc.dialect.ops import attributes, dtype_of, op_name, shape_of
 from bnncc.runtime.bits import BitLayout, ByteLayout, Levels
@@ -203,6 +211,7 @@ def _xnor_conv2d(args: Sequence[Any], a: dict[str, Any], _: relax.Call) -> te.Te
         n_eff=n_eff,
         in_lanes=a.get("in_lanes", 0),
         carry_save=bool(a.get("carry_save", 0)),
+        padding=a.get("padding", (0, 0, 0, 0)),
     )
     return computes.padding_correction(dot, *rest) if a["corrected"] else dot
 
@@ -272,6 +281,11 @@ def _unfold_depth(args: Sequence[Any], a: dict[str, Any], groups: int, outside: 
     )  # fmt: skip
 
 
+def _windows(a: dict[str, Any]) -> Any:
+    """The module that computes windows over images of a layout."""
+    return computes_planar if "NCHW" in (a.get("layout"), a.get("data_layout")) else computes_float
+
+
 _ANCHORS: dict[str, Lowered] = {
     "bnncc.unfold_depth": lambda t, a, _: _unfold_depth(t, a, a["groups"], lambda _: _f32(float(a["pad_value"]))),
     "bnncc.unfold_depth_bits": lambda t, a, _: _unfold_depth(
@@ -286,7 +300,7 @@ _ANCHORS: dict[str, Lowered] = {
     "bnncc.insert_zeros": lambda t, a, _: computes_images.insert_zeros(t[0], a["strides"]),
     "bnncc.xnor_conv2d": _xnor_conv2d,
     "bnncc.conv2d": _conv2d,
-    "bnncc.depthwise_conv2d": lambda t, a, _: computes_float.depthwise_conv2d(
+    "bnncc.depthwise_conv2d": lambda t, a, _: _windows(a).depthwise_conv2d(
         *t, strides=a["strides"], dilation=a["dilation"], padding=a.get("padding", (0, 0, 0, 0))
     ),
     "bnncc.dense": lambda t, a, _: computes_float.dense(*t, out_channels=a["out_channels"]),
@@ -307,11 +321,11 @@ _ANCHORS: dict[str, Lowered] = {
     "bnncc.max_pool2d_bits": lambda t, a, _: computes.max_pool2d_bits(
         t[0], _pair(a["pool_size"]), _pair(a["strides"]), a["padding"], planes=a["planes"]
     ),
-    "nn.max_pool2d": lambda t, a, _: computes_float.max_pool2d(
+    "nn.max_pool2d": lambda t, a, _: _windows(a).max_pool2d(
         t[0], _pair(a["pool_size"]), _pair(a["strides"]), a["padding"],
         dilation=_pair(a["dilation"]), ceil_mode=bool(a["ceil_mode"]),
     ),
-    "nn.avg_pool2d": lambda t, a, _: computes_float.avg_pool2d(
+    "nn.avg_pool2d": lambda t, a, _: _windows(a).avg_pool2d(
         t[0], _pair(a["pool_size"]), _pair(a["strides"]), a["padding"],
         ceil_mode=bool(a["ceil_mode"]), count_include_pad=bool(a["count_include_pad"]),
     ),

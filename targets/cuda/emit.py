@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,8 +74,11 @@ class Lowered:
 
 @dataclass(frozen=True)
 class Scheduled:
-    """Functions whose loops are bound to threads. pieces: the names of those that a kernel of the plan became, in order;
-    a parameter of theirs that the kernel has not is scratch. params: of each kernel."""
+    """Functions whose loops are bound to threads.
+
+    pieces: the names of those that a kernel of the plan became, in order; a parameter of theirs that the kernel has not
+    is scratch. params: of each kernel.
+    """
 
     mod: tvm.IRModule
     pieces: dict[str, tuple[str, ...]]
@@ -215,14 +219,23 @@ def _launch(call: _KernelCall, step: Step, scratch: dict[str, int]) -> Launch:
     return Launch(call.function, call.grid, call.block, call.shared_bytes, args)
 
 
-def compile_kernels(mod: tvm.IRModule, plan: Plan, target: CudaSpec) -> tuple[Plan, DeviceCode]:
-    """The device code of all PrimFuncs of `mod`, and the plan with the scratch that its steps turned out to need."""
+def compile_kernels(
+    mod: tvm.IRModule, plan: Plan, target: CudaSpec, dump: Callable[[str, str], None] | None = None
+) -> tuple[Plan, DeviceCode]:
+    """The device code of all PrimFuncs of `mod`, and the plan with the scratch that its steps turned out to need.
+
+    dump: called as ``dump(file name, text)`` with the CUDA C, before it is compiled, and with the PTX.
+    """
     from . import toolchain
     from .cubin import resources
 
     lowered = lower(schedule(mod, target), target)
     placed, launches = place(plan, lowered)
+    if dump:
+        dump("kernels.cu", toolchain.self_contained(lowered.source))
     image, ptx = toolchain.compile_cuda(lowered.source, target.sm)
+    if dump:
+        dump("kernels.ptx", ptx.decode())
     return placed, DeviceCode(target.sm, image, ptx, launches, resources(image))
 
 

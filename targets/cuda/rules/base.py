@@ -6,12 +6,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tvm import tirx
+from tvm.ir import Op
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 from tvm.script.ir_builder import tirx as T
 
 from bnncc.targets.cuda.descriptor import WARP, CudaSpec
 from bnncc.targets.rules.base import extent
+
+#: The operator of a value that is computed only where a condition holds.
+IF_THEN_ELSE = Op.get("prim.if_then_else")
 
 #: Threads of a block where nothing asks for another number.
 THREADS = 256

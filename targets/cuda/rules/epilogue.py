@@ -22,7 +22,7 @@ from tvm.script.ir_builder import tirx as T
 from bnncc.targets.cuda.descriptor import WARP
 from bnncc.targets.rules.base import Stages
 
-from .base import guarded
+from .base import IF_THEN_ELSE, guarded
 
 if TYPE_CHECKING:
     from .gemm import Gemm, Tile
@@ -40,8 +40,7 @@ def bit_of(expr: Any) -> Any | None:
         return None if any(arm is None for arm in arms) else tirx.Select(expr.condition, *arms)
     if isinstance(expr, tirx.IntImm):
         return tirx.const(int(int(expr.value) != 0), "int32")
-    name = str(getattr(expr.op, "name", "")) if isinstance(expr, Call) else ""
-    if name == "tirx.if_then_else":
+    if isinstance(expr, Call) and expr.op.same_as(IF_THEN_ELSE):
         arms = [bit_of(arm) for arm in expr.args[1:]]
         return None if any(arm is None for arm in arms) else tirx.if_then_else(expr.args[0], *arms)
     return tirx.const(1, "int32") if isinstance(expr, tirx.LShift) else None
@@ -89,11 +88,9 @@ class Epilogue:
         results = [stage.buffer for stage in values]
         if not results and not packs:
             return "nothing is stored"
-        widths = {int(buffer.shape[-1]) for buffer in results}
-        channels = widths.pop() if len(widths) == 1 else 0
-        if not results:
-            channels = gemm.columns * gemm.groups if gemm.lanes == 1 else 0
-        epilogue = cls(gemm, channels, values, packs)
+        if any(int(buffer.shape[-1]) != gemm.channels for buffer in results):
+            return "its results are not rows of channels"
+        epilogue = cls(gemm, gemm.channels, values, packs)
         return epilogue if epilogue._fits() else "its results are not rows of channels"
 
     def _fits(self) -> bool:
