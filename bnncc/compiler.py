@@ -180,7 +180,7 @@ def _compile_version(
     if isinstance(spec, CudaSpec):
         from bnncc.targets.cuda import emit as cuda  # a GPU's rules are not needed for processors
 
-        plan, device = cuda.compile_kernels(IRModule(kernels), plan, spec)
+        plan, device = cuda.compile_kernels(IRModule(kernels), plan, spec, dump.text if dump else None)
         version = Version(plan, spec, device=device)
     else:
         version = Version(plan, spec, (compile_kernels(IRModule(kernels), spec, database.tiles(spec)),))
@@ -211,6 +211,10 @@ class _Dump:
             raise BnnccError(f"cannot write the IR to {folder}: {error.strerror}") from error
 
     def __call__(self, stage: str, mod: IRModule) -> None:
-        path = self.folder / f"{self.count:02}_{stage}.py"
-        path.write_text(pipeline.readable(mod), encoding="utf-8")
+        self.text(f"{stage}.py", pipeline.readable(mod))
+
+    def text(self, name: str, text: str) -> None:
+        """One more file, of whatever kind; of a GPU's kernels CUDA C and PTX."""
+        path = self.folder / f"{self.count:02}_{name}"
+        path.write_text(text, encoding="utf-8")
         self.count += 1

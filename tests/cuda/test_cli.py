@@ -50,6 +50,16 @@ def test_compile_says_what_was_written(capsys, tmp_path):
     assert manifest["arch"] == "aarch64" and manifest["versions"][0]["device"]["sm"] == "sm_87"
 
 
+def test_the_ir_ends_in_cuda_and_ptx(tmp_path):
+    arguments = ["-t", "cuda-sm_80", "-o", str(tmp_path / "m.so"), "--dump-ir", str(tmp_path / "ir")]
+    assert run(["compile", "model.pt2", *arguments]) == 0
+    *_, source, ptx = sorted((tmp_path / "ir").iterdir())
+    assert source.name.endswith("_kernels.cu") and ptx.name.endswith("_kernels.ptx")
+    (version,) = read_manifest(tmp_path / "m.so")["versions"]
+    for name in version["device"]["kernels"]:
+        assert f" {name}(" in source.read_text() and f".entry {name}(" in ptx.read_text()
+
+
 def test_inspect_shows_kernels(capsys):
     (version,) = read_manifest("model.so")["versions"]
     device = version["device"]
