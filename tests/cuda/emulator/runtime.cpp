@@ -381,6 +381,8 @@ extern "C" uint32_t emu_activemask(int line) {
 extern "C" void emu_trap(int line) { fail("trap at line %d", line); }
 extern "C" void emu_check_atomic(const void* address, size_t size) { check_atomic(address, size); }
 
+extern "C" uint32_t emu_shared_limit() { return emu_most_shared; }
+
 extern "C" int emu_kernel_at(uint32_t index, emu_kernel* out) {
   if (index >= emu_kernel_count) return 1;
   *out = emu_kernels[index];
