@@ -84,6 +84,7 @@ def _model_options(function: Any) -> Any:
         "bnncc compile model.pt2 -o model.so --float-layers int8 --calibrate typical.npz",
         "bnncc compile model.pt2 -o model.so --tune 5           five minutes' search for faster kernels",
         "bnncc compile model.pt2 -o model.so --dump-ir ir/      the IR after every pass",
+        "bnncc compile model.pt2 -t cuda-sm_90 -o model.so      for an NVIDIA GPU; --dump-ir shows the CUDA C, too",
     ),
 )
 @click.argument("model")
