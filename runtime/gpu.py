@@ -7,7 +7,6 @@ end; a capsule that nobody renames does so itself.
 from __future__ import annotations
 
 import ctypes
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,6 @@ from bnncc.runtime.instance import DeviceBlock
 
 _CUDA, _CUDA_MANAGED = 2, 13  # DLDeviceType
 _LEGACY_STREAM = 1  # CUDA's default stream, for DLPack and the driver API alike
-_NAME = b"dltensor"
 _CODES = {"i": 0, "u": 1, "f": 2, "c": 5, "b": 6}  # DLDataTypeCode of NumPy's kinds
 
 
@@ -49,14 +47,11 @@ class _ManagedTensor(ctypes.Structure):
 _get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
-_new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
-    ("PyCapsule_New", ctypes.pythonapi)
-)
-# A capsule that is being destroyed must not become a Python object again, so its destructor gets an address.
-_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", ctypes.pythonapi))
-_get_pointer_of_dying = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
+
+
+def _tensor_in(capsule: object) -> _Tensor:
+    """What a capsule holds, as long as the capsule lives."""
+    return _ManagedTensor.from_address(_get_pointer(capsule, b"dltensor")).tensor
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ def view(value: Any, stream: int) -> View:
     except (BufferError, RuntimeError) as error:  # torch: a tensor that requires a gradient, or is conjugated
         reason = str(error).partition("\n")[0]
         raise InputError(f"an array on a GPU cannot be taken over through DLPack: {reason}") from None
-    tensor = _ManagedTensor.from_address(_get_pointer(capsule, _NAME)).tensor
+    tensor = _tensor_in(capsule)
     shape = tuple(tensor.shape[: tensor.ndim])
     kind = next((kind for kind, code in _CODES.items() if code == tensor.code), None)
     known = kind is not None and tensor.lanes == 1 and tensor.bits % 8 == 0
@@ -165,48 +160,14 @@ class DeviceArray:
         if stream != -1:  # -1: the consumer sees to it
             with instance.lock:
                 instance.library.call("wait", instance.pointer, stream or _LEGACY_STREAM)
-        return _export(self)
+        # NumPy's capsule, its deleter and its destructor do all that must happen when no Python code can run. NumPy
+        # itself looks at none of the elements, which are not in the host's memory.
+        stored = np.dtype(np.uint8) if self.dtype == np.bool_ else self.dtype
+        capsule: object = np.ndarray(self.shape, stored, np.asarray(self._block)).__dlpack__()
+        tensor = _tensor_in(capsule)
+        tensor.device_type, tensor.device_id = self.__dlpack_device__()
+        tensor.code = _CODES[self.dtype.kind]  # NumPy before 1.26 refuses bool
+        return capsule
 
     def __repr__(self) -> str:
         return f"<DeviceArray {self.dtype} {list(self.shape)} on {self.device}>"
-
-
-#: What has been handed over, by the address of its DLManagedTensor.
-_exported: dict[int, tuple[object, ...]] = {}
-
-
-def _export(array: DeviceArray) -> object:
-    kind, device = array.__dlpack_device__()
-    shape = (ctypes.c_int64 * len(array.shape))(*array.shape)
-    strides = (ctypes.c_int64 * len(array.shape))(
-        *(math.prod(array.shape[axis + 1 :]) for axis in range(len(array.shape)))
-    )
-    managed = _ManagedTensor(
-        _Tensor(
-            data=array.address,
-            device_type=kind,
-            device_id=device,
-            ndim=len(array.shape),
-            code=_CODES[array.dtype.kind],
-            bits=array.dtype.itemsize * 8,
-            lanes=1,
-            shape=shape,
-            strides=strides,
-        ),
-        None,
-        ctypes.cast(_deleter, ctypes.c_void_p),
-    )
-    address = ctypes.addressof(managed)
-    _exported[address] = (managed, shape, strides, array)
-    return _new_capsule(address, _NAME, ctypes.cast(_destructor, ctypes.c_void_p))
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-def _deleter(managed: int) -> None:
-    _exported.pop(managed, None)
-
-
-@ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-def _destructor(capsule: int) -> None:
-    if _is_valid(capsule, _NAME):  # nobody took it over
-        _exported.pop(_get_pointer_of_dying(capsule, _NAME), None)

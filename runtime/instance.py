@@ -29,7 +29,7 @@ class Instance:
         Raises ExecutionError with the driver's line; the library is then released.
         """
         self.library = library
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a session that takes its own output in asks the output for its capsule
         self._users = 1
         self._counting = threading.RLock()  # the garbage collector gives memory back at any moment, also in `retain`
         self._spare: dict[int, list[int]] | None = {}
@@ -104,7 +104,7 @@ class _HostMemory:
 
     def __init__(self, instance: Instance, size: int) -> None:
         address = instance._allocate(instance.library.host_alloc, size)
-        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (max(1, size),), "data": (address, False)}
+        self.__array_interface__ = _bytes_at(address, size)
         instance.retain()
         weakref.finalize(self, instance._give_host, address)
 
@@ -114,5 +114,11 @@ class DeviceBlock:
 
     def __init__(self, instance: Instance, address: int, size: int) -> None:
         self.instance, self.address = instance, address
+        self.__array_interface__ = _bytes_at(address, size)
         instance.retain()
         weakref.finalize(self, instance._give_block, address, size)
+
+
+def _bytes_at(address: int, size: int) -> dict[str, object]:
+    """NumPy's array interface: an array keeps the object that has it alive."""
+    return {"version": 3, "typestr": "|u1", "shape": (max(1, size),), "data": (address, False)}

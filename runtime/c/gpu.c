@@ -131,9 +131,12 @@ static int run_on_device(Gpu *self, const void *const *inputs, void *const *outp
     if (address(outputs[i]) % alignment)
       failed = copy(self, address(outputs[i]), self->homes[port], version->tensors[port].bytes, stream);
   }
-  int unmarked = check(self, self->cuda->cuEventRecord(self->done, stream), "marking the end of the run");
-  if (!unmarked) self->pending = 1;
-  return failed || unmarked ? -1 : 0;
+  if (check(self, self->cuda->cuEventRecord(self->done, stream), "marking the end of the run")) {
+    self->cuda->cuStreamSynchronize(stream); /* nobody could wait for it otherwise */
+    return -1;
+  }
+  self->pending = 1;
+  return failed ? -1 : 0;
 }
 
 static int gpu_run(Instance *instance, const void *const *inputs, void *const *outputs) {

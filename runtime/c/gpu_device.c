@@ -138,11 +138,12 @@ static int load_module(GpuDevice *self) {
   void *values[] = {log, (void *)(uintptr_t)sizeof log};
   result = cuda.cuModuleLoadDataEx(&self->module, code->ptx, 2, options, values);
   if (!result) return 0;
-  log[sizeof log - 1] = 0;
   self->module = NULL;
-  return bnncc_fail("%s: the driver cannot compile the kernels for %s: %s%s%s; %s compile with -t cuda-sm_%d",
+  log[sizeof log - 1] = 0;
+  for (size_t end = strlen(log); end && log[end - 1] == '\n'; end--) log[end - 1] = 0;
+  return bnncc_fail("%s: the driver cannot compile the kernels for %s: %s%s%s; %scompile with -t cuda-sm_%d",
                     self->model->name, self->name, explain(result, text, sizeof text), *log ? ": " : "", log,
-                    result == CUDA_ERROR_UNSUPPORTED_PTX_VERSION ? "update the driver, or" : "", self->architecture);
+                    result == CUDA_ERROR_UNSUPPORTED_PTX_VERSION ? "update the driver, or " : "", self->architecture);
 }
 
 static int load_functions(GpuDevice *self) {
