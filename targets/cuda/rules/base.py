@@ -28,8 +28,9 @@ class Rule:
     target: CudaSpec
     name: ClassVar[str] = "rule"
 
-    def __call__(self, func: tirx.PrimFunc) -> tirx.PrimFunc | str:
-        """The function with its loops bound to threads, or why this rule does not apply."""
+    def __call__(self, func: tirx.PrimFunc) -> tirx.PrimFunc | list[tirx.PrimFunc] | str:
+        """The function with its loops bound to threads, or several that take its place one after the other, or why
+        this rule does not apply."""
         raise NotImplementedError
 
 
