@@ -117,7 +117,7 @@ class Session:
             results = self._run(arrays, None if out is None else self._checked_out(out))
         return results[0] if len(results) == 1 else tuple(results)
 
-    def run(self, inputs: Mapping[str, ArrayLike]) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, ArrayLike | DeviceArray]) -> dict[str, Any]:
         """Runs the model on inputs given by name and returns the outputs by name; errors as for calling it."""
         names = [port["name"] for port in self.inputs]
         for name in inputs:
@@ -126,7 +126,8 @@ class Session:
         for name in names:
             if name not in inputs:
                 raise InputError(f"input '{name}' is missing; the model's inputs are {', '.join(names)}")
-        outputs = self._run(check_inputs(self.inputs, [inputs[name] for name in names]))
+        results = self(*(inputs[name] for name in names))
+        outputs = results if isinstance(results, tuple) else (results,)
         return {port["name"]: array for port, array in zip(self.outputs, outputs, strict=True)}
 
     def bench(self, runs: int = 100, inputs: Sequence[ArrayLike] | None = None) -> list[float]:

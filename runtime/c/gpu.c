@@ -29,7 +29,8 @@ static int copy(Gpu *self, CUdeviceptr to, CUdeviceptr from, size_t bytes, CUstr
 }
 
 static int launch_graph(Gpu *self, CUstream stream) {
-  return gpu_give_places(self) ? -1 : check(self, self->cuda->cuGraphLaunch(self->exec, stream), "launching the network");
+  if (gpu_give_places(self)) return -1;
+  return check(self, self->cuda->cuGraphLaunch(self->exec, stream), "launching the network");
 }
 
 static CUdeviceptr address(const void *memory) { return (CUdeviceptr)(uintptr_t)memory; }
@@ -131,12 +132,10 @@ static int run_on_device(Gpu *self, const void *const *inputs, void *const *outp
     if (address(outputs[i]) % alignment)
       failed = copy(self, address(outputs[i]), self->homes[port], version->tensors[port].bytes, stream);
   }
-  if (check(self, self->cuda->cuEventRecord(self->done, stream), "marking the end of the run")) {
-    self->cuda->cuStreamSynchronize(stream); /* nobody could wait for it otherwise */
-    return -1;
-  }
-  self->pending = 1;
-  return failed ? -1 : 0;
+  CUresult marked = self->cuda->cuEventRecord(self->done, stream);
+  if (marked) self->cuda->cuStreamSynchronize(stream); /* nobody could wait for it later */
+  else self->pending = 1;
+  return failed || check(self, marked, "marking the end of the run") ? -1 : 0;
 }
 
 static int gpu_run(Instance *instance, const void *const *inputs, void *const *outputs) {
@@ -264,7 +263,8 @@ static int start(Gpu *self) {
     return -1;
   gpu_layout(version, self->memory, self->gpu->weights, self->homes);
   place_homes(self);
-  return gpu_give_places(self) || finish(self, gpu_launch_steps(self, 0, version->init_count)) || gpu_make_graph(self) ? -1 : 0;
+  if (gpu_give_places(self) || finish(self, gpu_launch_steps(self, 0, version->init_count))) return -1;
+  return gpu_make_graph(self);
 }
 
 /* The index that BNNCC_DEVICE holds, 0 where it is not set; or -1 with bnncc_error. */

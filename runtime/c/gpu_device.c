@@ -54,16 +54,21 @@ static const char *explain(CUresult result, char *text, size_t size) {
   return text;
 }
 
-int gpu_check(const GpuDevice *self, CUresult result, const char *doing) {
-  char text[256];
-  const char *advice = "";
-  if (!result) return 0;
-  if (result == CUDA_ERROR_NOT_INITIALIZED) advice = "; after a fork, load the artifact in the new process";
+static const char *advice(CUresult result) {
+  if (result == CUDA_ERROR_OUT_OF_MEMORY) return "; take a smaller batch, or end what else uses the GPU";
+  if (result == CUDA_ERROR_NOT_INITIALIZED)
+    return "; CUDA does not survive a fork, start the process anew (in Python: multiprocessing's 'spawn')";
   if (result == CUDA_ERROR_ILLEGAL_ADDRESS || result == CUDA_ERROR_LAUNCH_TIMEOUT || result == CUDA_ERROR_ASSERT ||
       (result >= CUDA_ERROR_HARDWARE_STACK_ERROR && result <= CUDA_ERROR_LAUNCH_FAILED))
-    advice = "; nothing more can run on this GPU in this process, start a new one";
+    return "; nothing more can run on this GPU in this process, start a new one";
+  return "";
+}
+
+int gpu_check(const GpuDevice *self, CUresult result, const char *doing) {
+  char text[256];
+  if (!result) return 0;
   return bnncc_fail("%s: %s on %s failed: %s%s", self->model->name, doing, self->name,
-                    explain(result, text, sizeof text), advice);
+                    explain(result, text, sizeof text), advice(result));
 }
 
 int gpu_alloc(const GpuDevice *self, CUdeviceptr *address, size_t bytes, const char *what) {
@@ -73,9 +78,8 @@ int gpu_alloc(const GpuDevice *self, CUdeviceptr *address, size_t bytes, const c
   *address = 0;
   if (result != CUDA_ERROR_OUT_OF_MEMORY) return gpu_check(self, result, "allocating memory");
   cuda.cuMemGetInfo_v2(&available, &total);
-  return bnncc_fail("%s: out of memory on %s: %s %zu bytes, %zu of %zu are free; take a smaller batch, or end what "
-                    "else uses the GPU",
-                    self->model->name, self->name, what, bytes, available, total);
+  return bnncc_fail("%s: out of memory on %s: %s %zu bytes, %zu of %zu are free%s", self->model->name, self->name, what,
+                    bytes, available, total, advice(result));
 }
 
 int gpu_enter(const GpuDevice *self) {
@@ -101,13 +105,13 @@ static int find_gpu(GpuDevice *self) {
                       model, result ? explain(result, text, sizeof text) : "CUDA lists none");
   if (gpu_check(self, cuda.cuDriverGetVersion(&version), "asking for the driver's version")) return -1;
   if (version < code->driver)
-    return bnncc_fail("%s: the NVIDIA driver is too old: it supports CUDA %d.%d, the artifact needs %d.%d; update it, or "
-                      "compile with an older CUDA compiler",
+    return bnncc_fail("%s: the NVIDIA driver is too old: it supports CUDA %d.%d, the artifact needs %d.%d; update it, "
+                      "or compile with an older CUDA compiler",
                       model, version / 1000, version % 1000 / 10, (int)code->driver / 1000,
                       (int)code->driver % 1000 / 10);
   if (self->index >= count)
-    return bnncc_fail("%s: there is no cuda:%d; this process sees %d GPU%s, from cuda:0", model, (int)self->index, count,
-                      count > 1 ? "s" : "");
+    return bnncc_fail("%s: there is no cuda:%d; this process sees %d GPU%s, from cuda:0", model, (int)self->index,
+                      count, count > 1 ? "s" : "");
   if (gpu_check(self, cuda.cuDeviceGet(&self->device, self->index), "finding the GPU") ||
       gpu_check(self, cuda.cuDeviceGetName(marketed, sizeof marketed, self->device), "asking for the GPU's name") ||
       gpu_check(self,
@@ -130,20 +134,23 @@ static int find_gpu(GpuDevice *self) {
 static int load_module(GpuDevice *self) {
   const ModelDevice *code = self->version->device;
   CUresult result = CUDA_ERROR_NO_BINARY_FOR_GPU;
+  char log[256] = "", text[256];
   if (self->architecture / 10 == code->major)
     result = cuda.cuModuleLoadDataEx(&self->module, code->image, 0, NULL, NULL);
-  if (result != CUDA_ERROR_NO_BINARY_FOR_GPU) return gpu_check(self, result, "loading the kernels");
-  char log[256] = "", text[256];
-  int options[] = {CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES};
-  void *values[] = {log, (void *)(uintptr_t)sizeof log};
-  result = cuda.cuModuleLoadDataEx(&self->module, code->ptx, 2, options, values);
+  if (result == CUDA_ERROR_NO_BINARY_FOR_GPU) {
+    int options[] = {CU_JIT_ERROR_LOG_BUFFER, CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES};
+    void *values[] = {log, (void *)(uintptr_t)sizeof log};
+    result = cuda.cuModuleLoadDataEx(&self->module, code->ptx, 2, options, values);
+  }
   if (!result) return 0;
   self->module = NULL;
+  if (result == CUDA_ERROR_OUT_OF_MEMORY) return gpu_check(self, result, "loading the kernels");
   log[sizeof log - 1] = 0;
   for (size_t end = strlen(log); end && log[end - 1] == '\n'; end--) log[end - 1] = 0;
-  return bnncc_fail("%s: the driver cannot compile the kernels for %s: %s%s%s; %scompile with -t cuda-sm_%d",
+  return bnncc_fail("%s: the NVIDIA driver refuses the kernels for %s: %s%s%s; update it, or compile with "
+                    "-t cuda-sm_%d",
                     self->model->name, self->name, explain(result, text, sizeof text), *log ? ": " : "", log,
-                    result == CUDA_ERROR_UNSUPPORTED_PTX_VERSION ? "update the driver, or " : "", self->architecture);
+                    self->architecture);
 }
 
 static int load_functions(GpuDevice *self) {

@@ -1,7 +1,7 @@
 /* Where the tensors lie on the GPU, and the launches that read them: one by one, or all in one CUDA graph.
  *
  * The graph is made of explicit kernel nodes, not by capturing a stream: so the nodes are at hand, and where a caller's
- * buffers in the GPU's memory are used in place, the parameters of those kernels alone that take them are changed in it.
+ * buffers in the GPU's memory are used in place, the parameters of just those kernels that take them are changed in it.
  * Each node follows the one before it, since the plan's arena holds many tensors one after another in one place.
  */
 #include <stdio.h>
@@ -64,7 +64,8 @@ int gpu_give_places(Gpu *self) {
     if (!changed || !self->exec || i < first_launch(self)) continue;
     CUDA_KERNEL_NODE_PARAMS_v1 parameters = node_parameters(self, launch);
     CUgraphNode node = self->nodes[i - first_launch(self)];
-    if (gpu_check(self->gpu, self->cuda->cuGraphExecKernelNodeSetParams(self->exec, node, &parameters), "changing the graph")) {
+    CUresult result = self->cuda->cuGraphExecKernelNodeSetParams(self->exec, node, &parameters);
+    if (gpu_check(self->gpu, result, "changing the graph")) {
       self->values[launch->first_argument] = 0; /* so that the next run tries again */
       return -1;
     }
@@ -79,9 +80,8 @@ int gpu_make_graph(Gpu *self) {
   for (int32_t i = first_launch(self), made = 0; i < code->launch_count; i++, made++) {
     CUDA_KERNEL_NODE_PARAMS_v1 parameters = node_parameters(self, &code->launches[i]);
     CUgraphNode *node = &self->nodes[made];
-    if (gpu_check(self->gpu, cu->cuGraphAddKernelNode(node, self->graph, made ? node - 1 : NULL, made ? 1 : 0, &parameters),
-              "adding a kernel to the graph"))
-      return -1;
+    CUresult result = cu->cuGraphAddKernelNode(node, self->graph, made ? node - 1 : NULL, made ? 1 : 0, &parameters);
+    if (gpu_check(self->gpu, result, "adding a kernel to the graph")) return -1;
   }
   return gpu_check(self->gpu, cu->cuGraphInstantiateWithFlags(&self->exec, self->graph, 0), "instantiating the graph");
 }

@@ -98,6 +98,8 @@ def gpu_arrays_are_used_in_place(path):
         assert called("cuGraphExecKernelNodeSetParams") == 1
         check((y.numpy(), m.numpy()), x + 1, n)
         check(session(x, n), x, n)  # back at home
+        named = session.run({"n": b, "x": a})
+        check([named[name].numpy() for name in ("y", "m")], x, n)
         address = y.address
         del y, m, again
         gc.collect()

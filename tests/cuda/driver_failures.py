@@ -90,9 +90,20 @@ def says_what_is_missing(path):
         "CUDA_ERROR_INVALID_VALUE (invalid argument)",
     )
     limits(1 << 30, 227 * 1024)
-    standin.standin_fail(b"cuModuleLoadDataEx", 1, 222)
-    line = refusal(path)
-    assert line.startswith(f"tiny: loading the kernels on {where} failed: CUDA_ERROR_UNSUPPORTED_PTX_VERSION"), line
+    standin.standin_fail(b"cuModuleLoadDataEx", 1, 200)
+    same(
+        refusal(path),
+        f"tiny: the NVIDIA driver refuses the kernels for {where}: CUDA_ERROR_INVALID_IMAGE (device kernel image is "
+        "invalid); update it, or compile with -t cuda-sm_90",
+    )
+    standin.standin_fail(b"cuDevicePrimaryCtxRetain", 1, 2)
+    same(
+        refusal(path),
+        f"tiny: making a context on {where} failed: CUDA_ERROR_OUT_OF_MEMORY (out of memory); take a smaller batch, or "
+        "end what else uses the GPU",
+    )
+    standin.standin_fail(b"cuModuleLoadDataEx", 1, 2)
+    assert refusal(path).startswith(f"tiny: loading the kernels on {where} failed: CUDA_ERROR_OUT_OF_MEMORY")
     runtime.load(path).close()
 
 
@@ -114,12 +125,12 @@ def later_gpus_compile_the_ptx(path):
     standin.standin_refuse_ptx(b"ptxas error : line 7;\n  Unknown directive\n")
     same(
         refusal(path),
-        "tiny: the driver cannot compile the kernels for cuda:0 (Stand-in 0, sm_120): CUDA_ERROR_INVALID_PTX (a PTX "
-        "JIT compilation failed): ptxas error : line 7;   Unknown directive; compile with -t cuda-sm_120",
+        "tiny: the NVIDIA driver refuses the kernels for cuda:0 (Stand-in 0, sm_120): CUDA_ERROR_INVALID_PTX (a PTX "
+        "JIT compilation failed): ptxas error : line 7;   Unknown directive; update it, or compile with -t cuda-sm_120",
     )
     standin.standin_fail(b"cuModuleLoadDataEx", 1, 222)
     line = refusal(path)
-    assert line.endswith("an unsupported toolchain.); update the driver, or compile with -t cuda-sm_120"), line
+    assert line.endswith("an unsupported toolchain.); update it, or compile with -t cuda-sm_120"), line
 
 
 def an_architecture_of_its_own_runs_nowhere_else(path):

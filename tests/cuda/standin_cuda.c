@@ -1,9 +1,9 @@
 /* A stand-in for libcuda.so.1, for testing the driver of artifacts without a GPU.
  *
- * Memory of the GPU is memory of the host, filled with rubbish; kernels are the C functions of `kernels`, below. Streams
- * do nothing until somebody waits for them, and then no more than what he waits for needs: whoever forgets to wait, or
- * lets a buffer go too early, computes something else. Tests call the functions standin_*: to make any function fail, to
- * be another GPU, and to see what was called, and what is left.
+ * Memory of the GPU is memory of the host, filled with rubbish; kernels are C functions (standin_kernels.h). Streams do
+ * nothing until somebody waits for them, and then no more than what he waits for needs: who forgets to wait, or lets
+ * a buffer go too early, computes something else. Tests call the functions standin_*: to make any function fail, to be
+ * another GPU, and to see what was called, and what is left.
  */
 #include <pthread.h>
 #include <stdio.h>
@@ -14,7 +14,8 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-enum { INVALID_VALUE = 1, INVALID_CONTEXT = 201, NO_DEVICE = 100, INVALID_DEVICE = 101, NOT_FOUND = 500 };
+enum { INVALID_VALUE = 1, NO_DEVICE = 100, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201 };
+enum { INVALID_PTX = 218, UNSUPPORTED_PTX_VERSION = 222, NOT_FOUND = 500 };
 enum { HOST = 1, DEVICE = 2 }; /* CUmemorytype */
 enum { MOST = 4096, MOST_ARGUMENTS = 8, STATIC_LIMIT = 48 * 1024 };
 
@@ -329,8 +330,9 @@ static const struct {
     {CUDA_ERROR_NOT_INITIALIZED, "CUDA_ERROR_NOT_INITIALIZED", "initialization error"},
     {NO_DEVICE, "CUDA_ERROR_NO_DEVICE", "no CUDA-capable device is detected"},
     {CUDA_ERROR_NO_BINARY_FOR_GPU, "CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available"},
-    {218, "CUDA_ERROR_INVALID_PTX", "a PTX JIT compilation failed"},
-    {CUDA_ERROR_UNSUPPORTED_PTX_VERSION, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "the provided PTX was compiled with an "
+    {INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"},
+    {INVALID_PTX, "CUDA_ERROR_INVALID_PTX", "a PTX JIT compilation failed"},
+    {UNSUPPORTED_PTX_VERSION, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "the provided PTX was compiled with an "
      "unsupported toolchain."},
     {CUDA_ERROR_ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS", "an illegal memory access was encountered"},
     {CUDA_ERROR_LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
@@ -402,10 +404,10 @@ EXPORT CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned
     if (major != gpu.major || minor > gpu.minor) return CUDA_ERROR_NO_BINARY_FOR_GPU;
   } else if (strncmp(image, "//", 2) || count != 2 || options[0] != CU_JIT_ERROR_LOG_BUFFER ||
              options[1] != CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES) {
-    return 200; /* CUDA_ERROR_INVALID_IMAGE */
+    return INVALID_IMAGE;
   } else if (gpu.log) {
     snprintf(values[0], (size_t)(uintptr_t)values[1], "%s", gpu.log);
-    return 218;
+    return INVALID_PTX;
   }
   *module = calloc(1, sizeof **module);
   live++;
