@@ -146,6 +146,13 @@ extern "C" __global__ void outside(int* out) {
   int own[9] = {};
   out[0] = own[threadIdx.x];
 }
+extern "C" __global__ void division(int* x, int* out) { out[0] = 7 / x[0]; }
+extern "C" __global__ void far(int* x, int* out) { out[0] = x[1 << 30]; }
+extern "C" __global__ void too_deep(int* x, int* out) {
+  volatile int own[20000];
+  own[x[0]] = 1;
+  out[0] = own[x[0] + 1];
+}
 extern "C" __global__ void __launch_bounds__(64) bounded(int* out) { out[threadIdx.x] = 1; }
 """
 
@@ -251,6 +258,9 @@ def test_indices_of_two_dimensions(kernels):
         ("divergent_shuffle", [32], 32, r"lanes fffffdff are at shfl.idx \(line \d+\) .* lanes 00000200 have ended"),
         ("divergent_barrier", [32], 32, r"is at __syncthreads \(line \d+\) while thread 0 is at"),
         ("outside", [32], 32, r"thread 9: line \d+: index 9 is outside the array"),
+        ("division", [1, 1], 1, r"thread 0 divides by zero"),
+        ("far", [1, 1], 1, r"thread 0: read of 4 bytes at byte \d+ of buffer \d"),
+        ("too_deep", [1, 1], 1, r"thread 0 touches memory at .* nobody's"),
         ("bounded", [128], 128, r"128 threads, but __launch_bounds__\(64\)"),
     ],
 )

@@ -18,6 +18,10 @@ using namespace driver;
 #define DECLARE(name, parameters) extern "C" EMU_EXPORT CUresult name parameters;
 CUDA_FUNCTIONS(DECLARE)
 
+// What the benchmarks call and the driver of an artifact does not (cuda.h of CUDA 13.0).
+extern "C" EMU_EXPORT CUresult cuEventElapsedTime(float* milliseconds, CUevent begin, CUevent end);
+enum { kMultiprocessors = 16, kPciBus = 33, kPciDevice = 34, kPciDomain = 50 };
+
 namespace {
 
 pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -130,6 +134,8 @@ API cuDeviceGetAttribute(int* value, int attribute, CUdevice device) {
   switch (attribute) {
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: return *value = capability / 10, 0;
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: return *value = capability % 10, 0;
+    case kMultiprocessors: return *value = 1, 0;
+    case kPciBus: case kPciDevice: case kPciDomain: return *value = 0, 0;
     default: return kInvalidValue;
   }
 }
@@ -314,6 +320,15 @@ API cuEventSynchronize(CUevent event) {
   if (!event) return kInvalidHandle;
   auto* e = reinterpret_cast<Event*>(event);
   return e->stream ? finish(e->stream, e->position) : 0;
+}
+
+// No time passes here: as many milliseconds as there was work between the two.
+API cuEventElapsedTime(float* milliseconds, CUevent begin, CUevent end) {
+  IN_CONTEXT;
+  auto *first = reinterpret_cast<Event*>(begin), *last = reinterpret_cast<Event*>(end);
+  if (!first || !last || !last->stream || first->stream != last->stream) return kInvalidHandle;
+  if (last->stream->done < last->position) return 600;  // CUDA_ERROR_NOT_READY
+  return *milliseconds = float(last->position - first->position), 0;
 }
 
 API cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,

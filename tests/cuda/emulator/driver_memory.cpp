@@ -13,7 +13,7 @@ size_t device_bytes, most_device_bytes, allocations, frees;
 namespace {
 
 constexpr size_t kPage = 65536, kAlignment = 256;  // as cuMemAlloc gives it; pages of 64 KiB are the largest common ones
-constexpr uint8_t kPoison = 0xa2;
+constexpr uint8_t kPoison = 0x7f;  // as float 3.4e38, as half NaN, as int8 127
 
 size_t pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 

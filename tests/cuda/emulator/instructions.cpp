@@ -64,7 +64,7 @@ void execute_shuffle(Warp& warp, uint32_t mask) {
     }
     if (!inside) from = lane;
     // The value of a lane that does not take part is undefined: a pattern, not an error, for it may be unused.
-    mine.result = mask >> from & 1 ? operands_of<Shuffle>(warp, from).value : 0xa2a2a2a2a2a2a2a2u;
+    mine.result = mask >> from & 1 ? operands_of<Shuffle>(warp, from).value : 0x7f7f7f7f7f7f7f7fu;
   });
 }
 

@@ -251,10 +251,13 @@ void run_block() {
 // After a signal, on a stack of its own.
 void land() { leave(); }
 
-void on_signal(int, siginfo_t* info, void* context) {
+void on_signal(int signal, siginfo_t* info, void* context) {
   message[0] = 0;
   say_where();
-  say("thread %u touches memory at %p, which is nobody's", current->index, info->si_addr);
+  if (signal == SIGFPE)
+    say("thread %u divides by zero", current->index);
+  else
+    say("thread %u touches memory at %p, which is nobody's", current->index, info->si_addr);
   auto& machine = static_cast<ucontext_t*>(context)->uc_mcontext;
   auto top = reinterpret_cast<uintptr_t>(landing + sizeof landing);
 #if defined(__x86_64__)

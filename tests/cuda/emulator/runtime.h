@@ -17,8 +17,8 @@ constexpr uint32_t kFull = 0xffffffffu;
 constexpr uint32_t kSharedWindow = 1024;
 constexpr size_t kMostShared = 228 * 1024;
 
-// What shared memory holds before it is written: as float -1.5e-35, as an int8 -94 and -57.
-constexpr uint8_t kPoison = 0xa2;
+// What memory holds before it is written: as float 3.4e38, as half NaN, as int8 127.
+constexpr uint8_t kPoison = 0x7f;
 
 struct Index {
   uint32_t x, y, z;
