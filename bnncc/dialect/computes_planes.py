@@ -21,7 +21,7 @@ from bnncc.runtime.bits import BitLayout
 
 from .computes import BYTE_STEPS, _as, _chunk_of
 from .computes_pack import _bit, _channel, _packed, pad_bits
-from .stages import Padding, extents, staged, window
+from .stages import FORM, ROLE, Padding, extents, staged, window
 
 
 def pack_levels(
@@ -92,11 +92,11 @@ def plane_conv2d(
             return value
         return tirx.Select(tirx.floormod(pair, weight_planes) == weight_planes - 1, tirx.const(0, wide) - value, value)
 
-    total = staged(
+    total = te.compute(
         (batch, oh, ow, groups, blocks, lanes),
         lambda *axes: te.sum(weighted(*axes), axis=list(reduction)),
-        "plane_conv2d",
-        "binary_conv2d.total",
+        name="plane_conv2d",
+        attrs={ROLE: "binary_conv2d.total", FORM: form},
     )
 
     def result(n: Any, y: Any, x_: Any, o: Any) -> Any:

@@ -18,6 +18,9 @@ a stage by its block annotation `ROLE`, never by its name:
     conv2d               float products, axes [N, OH, OW, G, OB, OL] + reduction [KH, KW, CI]
     dense                float products, axes [N, OB, OL] + reduction [K]
     depthwise            float products, axes [N, OH, OW, C] + reduction [KH, KW]
+    planar.rows          an image [N, C, H, W] as a window over planes reads it
+    planar.max, .sum     windows over the planes of that image, axes [N, C, OH, OW] + reduction [KH, KW]; `Window`
+    planar.products      the same, times a weight [C, KH, KW]
     softmax.*            the steps of a softmax over rows, each row by row
     permute              a transposition
     concat               tensors beside each other along the last axis
@@ -29,7 +32,7 @@ Elementwise stages have no role.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvm import te, tirx
 
@@ -39,6 +42,8 @@ ROLE = "bnncc.role"
 LANES = "bnncc.lanes"
 #: Key of the annotation of "pack.bits" that says whether some of the lanes of a vector can be padding and others not.
 UNEVEN = "bnncc.uneven"
+#: Key of the annotation of "pack.bits" that says whether bit i of a pixel is channel i (padding: bits beyond the last).
+IN_ORDER = "bnncc.in_order"
 #: Key of the annotation of "binary_conv2d.lane_total" that says how many popcounts of a byte each lane has summed.
 STEPS = "bnncc.steps"
 #: Key of the annotation of "binary_conv2d" that says how many words a step of its reduction takes, if more than one.
@@ -48,8 +53,32 @@ DEPTH = "bnncc.depth"
 #: Key of the annotation of "byte_conv2d" that says whether two products may need more than 16 bits.
 WIDE = "bnncc.wide"
 
+#: Key of the annotation of a "binary_conv2d.total" of bit planes: what its pairs are, "xor", "and" or "and-".
+FORM = "bnncc.form"
+
 #: Key of the annotation of "concat" that says of how many channels the runs are that all come from one tensor.
 RUN = "bnncc.run"
+
+#: Key of the annotation of "planar.max", "planar.sum" and "planar.products": the fields of their `Window`.
+WINDOW = "bnncc.window"
+
+
+class Window(NamedTuple):
+    """Where a window over an image reads: pixel x of a row at stride · x + dilation · k − left for k < width."""
+
+    height: int
+    width: int
+    stride_y: int
+    stride_x: int
+    dilation_y: int
+    dilation_x: int
+    top: int
+    left: int
+
+    @property
+    def area(self) -> int:
+        return self.height * self.width
+
 
 #: (top, left, bottom, right)
 Padding = tuple[int, int, int, int]

@@ -41,6 +41,19 @@ class Architecture:
     registers_per_sm: int = 65536
 
     @property
+    def bit_operations(self) -> tuple[str, ...]:
+        """What the hardware does with two bits before it counts; bytes multiply them, which is "and".
+
+        By ptxas and nvdisasm of CUDA 13.0: one BMMA.168256 either way on sm_80 … sm_89, one with AND alone on sm_90.
+        """
+        return {"b1.xor": ("xor", "and"), "b1.xor.m8n8k128": ("xor",)}.get(self.product, ("and",))
+
+    @property
+    def small_mma(self) -> bool:
+        """Whether tensor cores take 8 rows, and half the depth, at once: a fragment of 16 is four instructions."""
+        return self.product == "b1.xor.m8n8k128"
+
+    @property
     def capability(self) -> tuple[int, int]:
         """(major, minor)."""
         number = int(self.sm.removeprefix("sm_"))
@@ -92,6 +105,7 @@ class CudaSpec:
 
     word_bits = WARP
     carry_save = False
+    planar_windows = False
     #: Padding of packed activations with bit 0 happens while a convolution reads them.
     pads_while_reading = True
 
@@ -113,11 +127,9 @@ class CudaSpec:
         return 0
 
     def conv_lanes(self, group_out: int) -> int:
-        """Output channels of a float convolution whose weights lie beside each other: no more than there are."""
-        lanes = 64
-        while lanes > 4 and lanes // 2 >= group_out:
-            lanes //= 2
-        return lanes
+        """The weights of a float layer are a matrix, all its output channels beside each other: any tile is as wide as
+        it likes. They are filled up to whole vectors of 16 bytes."""
+        return -(-group_out // 4) * 4
 
     def byte_lanes(self, group_out: int) -> int:
         return 1

@@ -22,15 +22,17 @@ _SKEW = 4
 
 
 class Copies:
-    """The copies of one kernel: 32-bit words of the windows, then those of the weights, of each step."""
+    """The copies of one kernel: of each step the 32-bit words of the windows, then of the weights, plane by plane."""
 
     def __init__(self, gemm: Gemm, tile: Tile, asynchronous: bool) -> None:
         self.gemm, self.tile, self.asynchronous = gemm, tile, asynchronous
         self.pitch = tile.depth + _SKEW
-        self.stage_words = (tile.rows + tile.columns) * self.pitch
+        #: Rows of both matrices in shared memory.
+        self.window_rows, self.weight_rows = tile.rows * gemm.planes[0], tile.columns * gemm.planes[1]
+        self.stage_words = (self.window_rows + self.weight_rows) * self.pitch
         self.steps = math.ceil(gemm.total_depth / tile.depth) if tile.depth else 0
         #: Words that lie beside each other in both matrices wherever a copy begins.
-        self.run_words = math.gcd(gemm.depth, tile.depth, 4) if tile.depth else 1
+        self.run_words = math.gcd(gemm.run, tile.depth, 4) if tile.depth else 1
 
     @property
     def words(self) -> int:
@@ -44,8 +46,8 @@ class Copies:
         argument."""
         self.shared, self.thread, self.row, self.column, self.group = shared, thread, row, column, group
         self.base = T.bind(T.cuda.cvta_generic_to_shared(shared.data))
-        self.windows = _as_line(self.gemm.x)
-        self.weights = _as_line(self.gemm.w)
+        self.windows = as_line(self.gemm.x)
+        self.weights = as_line(self.gemm.w)
         if self.asynchronous:
             self._pipelined(multiply)
         else:
@@ -90,29 +92,33 @@ class Copies:
 
     @property
     def _registers(self) -> int:
-        return (self._runs(self.tile.rows) + self._runs(self.tile.columns)) * self.run_words
+        return (self._runs(self.window_rows) + self._runs(self.weight_rows)) * self.run_words
 
     def _copy(self, step: Any, base: Any, one: Callable[..., None]) -> None:
         """Has `one` copy every run of the step that is this thread's; base: where the step lies in shared memory."""
         tile, gemm = self.tile, self.gemm
 
         def window(r: Any, at: Any) -> tuple[Any, Any]:
-            where, inside = gemm.source(self.row + r, self.group, at)
+            plane, r = (0, r) if gemm.planes[0] == 1 else (tirx.floordiv(r, tile.rows), tirx.floormod(r, tile.rows))
+            where, inside = gemm.source(self.row + r, self.group, at, plane)
             inside = tirx.const(True, "bool") if inside is None else inside
             if gemm.rows % tile.rows:
                 inside = tirx.all(inside, self.row + r < gemm.rows)
             return where, inside
 
         def weight(r: Any, at: Any) -> tuple[Any, Any]:
+            plane = 0
+            if gemm.planes[1] > 1:
+                plane, r = tirx.floordiv(r, tile.columns), tirx.floormod(r, tile.columns)
             channel = self.group * gemm.columns + self.column + r
             inside: Any = tirx.const(True, "bool")
             if gemm.columns % tile.columns:
                 inside = self.column + r < gemm.columns
-            return channel * gemm.total_depth + at, inside
+            return gemm.weight(channel, at, plane), inside
 
-        self._matrix(tile.rows, step, base, window, self.windows, 0, one)
-        first = self._runs(tile.rows) * self.run_words
-        self._matrix(tile.columns, step, base + tile.rows * self.pitch, weight, self.weights, first, one)
+        self._matrix(self.window_rows, step, base, window, self.windows, 0, one)
+        first = self._runs(self.window_rows) * self.run_words
+        self._matrix(self.weight_rows, step, base + self.window_rows * self.pitch, weight, self.weights, first, one)
 
     def _matrix(
         self, rows: int, step: Any, base: Any, source: Callable[..., tuple[Any, Any]], line: Any, first: int, one: Any
@@ -142,15 +148,17 @@ class Copies:
 
     def _into_registers(self, _: Any, line: Any, where: Any, inside: Any, register: int) -> None:
         for word in range(self.run_words):
-            value = tirx.if_then_else(inside, line[where + word], tirx.const(0, "uint32"))
-            T.buffer_store(self.ahead, value, [register + word])
+            value = tirx.if_then_else(inside, line[where + word], tirx.const(0, str(line.dtype)))
+            T.buffer_store(self.ahead, tirx.reinterpret("uint32", value), [register + word])
 
     def _from_registers(self, to: Any, line: Any, where: Any, inside: Any, register: int) -> None:
         for word in range(self.run_words):
             T.buffer_store(self.shared, tirx.reinterpret("int32", self.ahead[register + word]), [to + word])
 
 
-def _as_line(buffer: Any) -> Any:
-    """The same memory with one axis."""
+def as_line(buffer: Any) -> Any:
+    """The same memory with one axis; bytes as words."""
     size = math.prod(int(extent) for extent in buffer.shape)
+    if str(buffer.dtype) in ("int8", "uint8"):
+        return T.decl_buffer((size // 4,), "uint32", data=buffer.data)
     return T.decl_buffer((size,), str(buffer.dtype), data=buffer.data)
