@@ -13,7 +13,7 @@ from tvm import te, tirx
 
 from bnncc.runtime.bits import BitLayout
 
-from .stages import COMPARE, LANES, ROLE, UNEVEN, Padding, extents, mismatches_of, nearest, staged, window
+from .stages import COMPARE, IN_ORDER, LANES, ROLE, UNEVEN, Padding, extents, mismatches_of, nearest, staged, window
 
 #: Pixels of an NCHW image that are packed beside each other.
 _PLANAR_LANES = 16
@@ -45,11 +45,17 @@ def _bit(condition: Any, inside: Any, bit: Any, *, negated: bool = False) -> Any
 def _packed(bits: Callable[..., Any], shape: tuple[int, ...], layout: BitLayout) -> te.Tensor:
     """Bytes whose bit v is ``bits(*index, v)``, an int32 that is ``1 << v`` or 0."""
     v = te.reduce_axis((0, 8), "v")
+    whole = layout.groups == 1 or layout.group_bytes * 8 == layout.group_channels
     wide = te.compute(
         shape,
         lambda *at: te.sum(bits(*at, v), axis=[v]),
         name="pack_bits",
-        attrs={ROLE: "pack.bits", LANES: layout.lanes, UNEVEN: int(layout.group_channels % layout.lanes != 0)},
+        attrs={
+            ROLE: "pack.bits",
+            LANES: layout.lanes,
+            UNEVEN: int(layout.group_channels % layout.lanes != 0),
+            IN_ORDER: int(layout.lanes == 1 and whole),
+        },
     )
     return staged(shape, lambda *at: tirx.Cast("uint8", wide(*at)), "pack", "pack")
 

@@ -59,6 +59,6 @@ class guarded:
             frame.__exit__(*error)
 
 
-def barrier() -> None:
+def barrier(scope: str = "shared.dyn") -> None:
     """All threads of the block have come here, and see what the others stored in shared memory."""
-    T.evaluate(tirx.call_intrin("int32", "tirx.tvm_storage_sync", "shared.dyn"))
+    T.evaluate(tirx.call_intrin("int32", "tirx.tvm_storage_sync", scope))

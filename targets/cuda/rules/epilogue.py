@@ -19,6 +19,7 @@ from tvm.ir import Call, Var
 from tvm.ir.expr import TensorLoad
 from tvm.script.ir_builder import tirx as T
 
+from bnncc.dialect.stages import IN_ORDER
 from bnncc.targets.cuda.descriptor import WARP
 from bnncc.targets.rules.base import Stages
 
@@ -65,6 +66,7 @@ class Epilogue:
     def __init__(self, gemm: Gemm, channels: int, values: list[_Stage], packs: list[tuple[_Stage, Any]]) -> None:
         self.gemm, self.channels, self.values, self.packs = gemm, channels, values, packs
         self.group_channels = channels // gemm.groups
+        self.alone = not values and not packs  # the sums themselves are the result
 
     @classmethod
     def of(cls, stages: Stages, anchor: Any, gemm: Gemm) -> Epilogue | str:
@@ -78,6 +80,8 @@ class Epilogue:
                 own, term = stage.value.a, bit_of(stage.value.b)
                 if term is None or not own.source.same_as(stage.buffer):
                     return "its packing is not one of single bits"
+                if not int(stages.sch.get(block).annotations[IN_ORDER]):
+                    return "its packed channels are not in order"
                 bits[stage.buffer] = _Stage(stage.buffer, stage.axes, term)
             elif role == "pack" and stage.value.value.source in bits:
                 packs.append((bits[stage.value.value.source], stage.buffer))
@@ -86,8 +90,6 @@ class Epilogue:
             else:
                 return f"a stage {role}"
         results = [stage.buffer for stage in values]
-        if not results and not packs:
-            return "nothing is stored"
         if any(int(buffer.shape[-1]) != gemm.channels for buffer in results):
             return "its results are not rows of channels"
         epilogue = cls(gemm, gemm.channels, values, packs)
@@ -108,15 +110,16 @@ class Epilogue:
                 return False
         return True
 
-    def run(
-        self, sums: Callable[[Any, Any], Any], tile: Tile, thread: Any, row: Any, column: Any, group: Any
-    ) -> None:
+    def run(self, sums: Callable[[Any, Any], Any], tile: Tile, thread: Any, row: Any, column: Any, group: Any) -> None:
         """Writes the loops over a tile's sums; row, column, group: where it lies."""
         warps, lane = tile.threads // WARP, tirx.floormod(thread, WARP)
-        with T.serial(0, tile.rows // warps) as step:
+        with T.serial(0, -(-tile.rows // warps)) as step:
             r = T.bind(step * warps + tirx.floordiv(thread, WARP))
             at = T.bind(row + r)
-            with guarded(at < self.gemm.rows, self.gemm.rows % tile.rows != 0):
+            with (
+                guarded(r < tile.rows, tile.rows % warps != 0),
+                guarded(at < self.gemm.rows, self.gemm.rows % tile.rows != 0),
+            ):
                 self._row(sums, tile, lane, r, at, column, group)
 
     def _row(
@@ -131,7 +134,10 @@ class Epilogue:
             inside = within < self.group_channels if self.group_channels % WARP or ragged else None
             safe = within if inside is None else tirx.min(within, self.group_channels - 1)
             channel = T.bind(group * self.group_channels + safe)
-            known = {self.gemm.sums: T.bind(sums(r, first + lane))}
+            known: dict[Any, Any] = {self.gemm.sums: T.bind(sums(r, first + lane))}
+            if self.alone:
+                with guarded(inside, inside is not None):
+                    T.buffer_store(self.gemm.sums, known[self.gemm.sums], self._place(pixel, at, group, within))
             for stage in self.values:
                 index = (*pixel, channel) if len(stage.axes) == 4 else (at, channel)
                 value = T.bind(_evaluated(stage.value, dict(zip(stage.axes, index, strict=True)), known))
@@ -139,12 +145,18 @@ class Epilogue:
                 with guarded(inside, inside is not None):
                     T.buffer_store(stage.buffer, value, list(index))
             for number, (bits, _) in enumerate(self.packs):
-                place = group * self.group_channels + within
+                # Where channels fill no whole word, the predicate knows which bits are padding.
+                place = group * self.group_channels + (within if self.group_channels % WARP else safe)
                 index = (*pixel, tirx.floordiv(place, 8), tirx.floormod(place, 8))
                 bit = _evaluated(bits.value, dict(zip(bits.axes, index, strict=True)), known)
                 words[number].append(T.bind(T.cuda.ballot_sync(tirx.const(_ALL_LANES, "uint32"), bit)))
         for (_, packed), ballots in zip(self.packs, words, strict=True):
             self._store_words(packed, ballots, lane, pixel, column, group, ragged)
+
+    def _place(self, pixel: Any, row: Any, group: Any, column: Any) -> list[Any]:
+        """Where the anchor's own buffer has a sum."""
+        block = tirx.floordiv(column, self.gemm.lanes), tirx.floormod(column, self.gemm.lanes)
+        return [row, *block] if len(self.gemm.sums.shape) == 3 else [*pixel, group, *block]
 
     def _store_words(
         self, packed: Any, ballots: list[Any], lane: Any, pixel: Any, column: Any, group: Any, ragged: bool

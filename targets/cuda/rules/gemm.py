@@ -12,6 +12,7 @@ Where it is more than that, the sums go to memory, and `LoopNests` does the rest
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,12 @@ from tvm.script.ir_builder import tirx as T
 
 from bnncc.targets.rules.base import REDUCED, Stages
 
-from .base import Rule
+from .base import IF_THEN_ELSE, Rule
 from .epilogue import Epilogue
+from .nests import LoopNests
+from .split import split
+
+logger = logging.getLogger(__name__)
 
 
 def substitute(expr: Any, values: dict[Any, Any]) -> Any:
@@ -71,28 +76,43 @@ class Tile:
 
 
 class Gemm:
-    """The matrices of an anchor: ``sums[n, y, x, g, b, l] += term(x[…], w[g, b, i, j, k, l])``.
+    """The matrices of an anchor: ``sums[n, y, x, g, b, l] += term(x[…], w[g, b, i, j, k, l])``, or of a dense layer's,
+    ``sums[n, b, l] += term(x[n, k], w[b, k, l])``, whose other axes are 1 long.
 
-    rows: pixels. columns: output channels of a group. positions: of the window. depth: words or values of a position.
+    rows: pixels. columns: output channels of a group, with those that fill up its blocks. channels: output channels
+    without (0: of an anchor that nothing follows, all). depth: words or values of a position of the window; run: how
+    many of these lie beside each other in x. values: that lie in a word. planes: of the windows, and of the weights.
     """
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, channels: int) -> None:
         spatial = [iv for iv in block.iter_vars if iv.iter_type != REDUCED]
         reduced = [iv for iv in block.iter_vars if iv.iter_type == REDUCED]
-        self.axes = [iv.var for iv in (*spatial, *reduced)]
+        if len(spatial) == 3:
+            spatial, reduced = [spatial[0], None, None, None, *spatial[1:]], [None, None, *reduced]
+        inner, spatial, reduced = (*spatial[6:], *reduced[3:]), spatial[:6], reduced[:3]
+        self.axes = [None if iv is None else iv.var for iv in (*spatial, *reduced)]
+        self.inner = [iv.var for iv in inner]  # pairs of planes, or the values of a word
         self.sums = block.body.buffer
+        self.annotations = dict(block.annotations)
         own, term = block.body.value.a, block.body.value.b
         if not own.source.same_as(self.sums):
             raise ValueError("an anchor adds to what it has summed")
         self.term = term
-        self.images, self.height, self.width, self.groups, blocks, lanes = (int(iv.dom.extent) for iv in spatial)
-        self.window_height, self.window_width, self.depth = (int(iv.dom.extent) for iv in reduced)
+        self.images, self.height, self.width, self.groups, blocks, lanes = map(_extent, spatial)
+        self.window_height, self.window_width, self.depth = map(_extent, reduced)
         self.columns = blocks * lanes
         self.lanes = lanes
-        x, w = loads(term)[:2]
-        self.x, self.x_indices = x.source, x.indices
+        self.channels = channels or self.columns * self.groups
+        w = max(loads(term), key=lambda load: len(load.source.shape))
+        x = next(load for load in loads(term) if not load.source.same_as(w.source))
+        self.x, self.x_indices = x.source, list(x.indices)
         self.w, self.w_indices = w.source, w.indices
         self.guards = _guards_of(term, x)
+        self.values = 4 if str(self.w.dtype) == "int8" else 1
+        of_windows = int(self.x.shape[3]) if len(self.x.shape) == 5 else 1
+        of_weights = int(self.w.shape[4]) if len(self.w.shape) == 7 and self.values == 1 else 1
+        self.planes = of_windows, of_weights
+        self.run = int(self.x.shape[-1]) // self.values // self.groups
 
     @property
     def rows(self) -> int:
@@ -115,17 +135,34 @@ class Gemm:
         position, k = tirx.floordiv(at, self.depth), tirx.floormod(at, self.depth)
         return tirx.floordiv(position, self.window_width), tirx.floormod(position, self.window_width), k
 
-    def source(self, row: Any, group: Any, at: Any) -> tuple[Any, Any]:
-        """Where in `x` the matrix of windows has its element, and whether it has one (None: always); at other places
-        it is 0."""
+    def source(self, row: Any, group: Any, at: Any, plane: Any = 0) -> tuple[Any, Any]:
+        """Where in `x` the matrix of windows has its word or value, and whether it has one (None: always); at other
+        places it is 0."""
         zero = tirx.const(0)
-        values = dict(zip(self.axes, (*self.pixel(row), group, zero, zero, *self.step(at)), strict=True))
-        where = flat(self.x, [substitute(index, values) for index in self.x_indices])
+        places = (*self.pixel(row), group, zero, zero, *self.step(at))
+        values = {axis: place for axis, place in zip(self.axes, places, strict=True) if axis is not None}
+        values |= dict.fromkeys(self.inner, zero)
+        indices = [substitute(index, values) for index in self.x_indices]
+        if len(indices) == 5:
+            indices[3] = plane
+        where = tirx.floordiv(flat(self.x, indices), self.values)
         inside = None
         for guard in self.guards:
             condition = substitute(guard, values)
             inside = condition if inside is None else tirx.all(inside, condition)
         return where, inside
+
+    def weight(self, channel: Any, at: Any, plane: Any = 0) -> Any:
+        """Where in `w` the word or value of an output channel, counted through all groups, lies."""
+        if self.planes[1] == 1:
+            return channel * self.total_depth + at
+        position, k = tirx.floordiv(at, self.depth), tirx.floormod(at, self.depth)
+        positions = self.window_height * self.window_width
+        return ((channel * positions + position) * self.planes[1] + plane) * self.depth + k
+
+
+def _extent(iv: Any) -> int:
+    return 1 if iv is None else int(iv.dom.extent)
 
 
 def _guards_of(term: Any, x: Any) -> list[Any]:
@@ -133,9 +170,7 @@ def _guards_of(term: Any, x: Any) -> list[Any]:
     guards: list[Any] = []
 
     def visit(call: Any) -> None:
-        if str(getattr(call.op, "name", "")) == "tirx.if_then_else" and any(
-            load.source.same_as(x.source) for load in loads(call.args[1])
-        ):
+        if call.op.same_as(IF_THEN_ELSE) and any(load.source.same_as(x.source) for load in loads(call.args[1])):
             guards.append(call.args[0])
 
     tvm_ffi.structural_walk(term, [(Call, visit)])
@@ -167,6 +202,8 @@ class ImplicitGemm(Rule):
     """A rule for the kernels of one kind of anchor."""
 
     anchor_role: ClassVar[str] = ""
+    #: The stage that adds up the anchor's sums, where there is one: it becomes part of the product.
+    total_role: ClassVar[str] = ""
 
     def product(self, gemm: Gemm) -> Product | str:
         """Chooses the instruction and the tile, or says why none applies."""
@@ -178,15 +215,25 @@ class ImplicitGemm(Rule):
         anchors = stages.of(self.anchor_role)
         if len(anchors) != 1 or stages.index(anchors[0]) != 0:
             return f"it has no one {self.anchor_role or 'anchor'} as its first stage"
+        total = stages.of(self.total_role)[0] if self.total_role else anchors[0]
+        channels = {int(sch.get(block).body.buffer.shape[-1]) for block in stages.consumers(total)}
+        if len(channels) > 1:
+            return "its sums are read by stages of several widths"
         stages.inline()
         anchor = sch.get(anchors[0])
-        gemm = Gemm(anchor)
+        gemm = Gemm(anchor, channels.pop() if channels else 0)
+        if self.total_role:
+            gemm.sums, gemm.annotations = sch.get(total).body.buffer, dict(sch.get(total).annotations)
+            stages.blocks.remove(total)
         product = self.product(gemm)
         if isinstance(product, str):
             return product
         epilogue = Epilogue.of(stages, anchor, gemm)
         if isinstance(epilogue, str):
-            return f"its epilogue is not that of a tile: {epilogue}"
+            logger.debug("%s in two launches: %s", self.name, epilogue)
+            alone, rest = split(func, gemm.sums)
+            pieces = [self(alone), LoopNests(self.target)(rest)]
+            return [f for piece in pieces for f in (piece if isinstance(piece, list) else [piece])]
         return [func.with_body(_kernel(gemm, product, epilogue))]
 
 
