@@ -3,6 +3,8 @@
     y = nn.conv2d(x, W, padding, data_layout="NHWC")   -->   p = nn.pad(x, …)
                                                              y = bnncc.conv2d(p, W'[G, OB, KH, KW, I, OL])
     p = nn.pad(x); y = nn.conv2d(p, W, groups=I)       -->   y = bnncc.depthwise_conv2d(x, W'[KH, KW, I], padding)
+    y = nn.conv2d(x, W, groups=I, data_layout="NCHW")  -->   y = bnncc.depthwise_conv2d(x, W'[I, KH, KW], padding,
+                                                                                        data_layout="NCHW")
     y = matmul(x, W)                                   -->   y = bnncc.dense(x, W'[OB, K, OL])
 
 After `ToNHWC`. Weights of ±1 (times a scale per channel), whose layer stays float because its input is no sign, are
@@ -22,6 +24,7 @@ from tvm.relax import op as R
 from bnncc.dialect.ops import attributes, call, is_call, shape_of
 from bnncc.dialect.plan import Layer
 from bnncc.passes.fuse_binary_conv import binary_weight
+from bnncc.passes.nhwc_operators import is_planar
 from bnncc.passes.rewriter import Rewriter, is_const, module_pass, numpy_of
 
 
@@ -31,8 +34,10 @@ class _Lower(Rewriter):
         self.target = target
 
     def rewrite(self, var: Any, value: Any) -> Any | None:
-        if is_call(value, "nn.conv2d") and is_const(value.args[1]) and attributes(value)["data_layout"] == "NHWC":
-            return self.conv(var, value)
+        if is_call(value, "nn.conv2d") and is_const(value.args[1]):
+            if is_planar(value):
+                return self.planar(var, value)
+            return self.conv(var, value) if attributes(value)["data_layout"] == "NHWC" else None
         if is_call(value, "matmul") and is_const(value.args[1]) and len(shape_of(value.args[0])) == 2:
             return self.dense(var, value)
         return None
@@ -52,6 +57,16 @@ class _Lower(Rewriter):
             return call("depthwise_conv2d", [x, relax.const(depthwise)], **common, **around)
         x = self.padded(var, value.args[0], a["padding"])
         return call("conv2d", [x, self.packed(var, weight, a["groups"], "conv2d")], **common)
+
+    def planar(self, var: Any, value: relax.Call) -> Any:
+        a = attributes(value)
+        weight = numpy_of(value.args[1])
+        self.add_layer(var, "depthwise conv2d", weight, weight.nbytes, 32)
+        return call(
+            "depthwise_conv2d", [value.args[0], relax.const(np.ascontiguousarray(weight[:, 0]))],
+            out_channels=weight.shape[0], kernel_size=weight.shape[2:], strides=a["strides"], dilation=a["dilation"],
+            padding=a["padding"], data_layout="NCHW",
+        )  # fmt: skip
 
     def dense(self, var: Any, value: relax.Call) -> Any:
         weight = np.ascontiguousarray(numpy_of(value.args[1]).T)[:, :, None, None]
@@ -98,7 +113,8 @@ class _Lower(Rewriter):
 
     def add_layer(self, var: Any, op: str, weight: np.ndarray, weight_bytes: int, weight_bits: int) -> None:
         shape = shape_of(var)
-        nchw = (shape[0], shape[3], shape[1], shape[2]) if len(shape) == 4 else shape
+        planar = attributes(self.definition[var]).get("data_layout") == "NCHW"
+        nchw = (shape[0], shape[3], shape[1], shape[2]) if len(shape) == 4 and not planar else shape
         pixels = int(np.prod(shape)) // weight.shape[0]
         path = origin.path if (origin := self.origin(var)) else ""
         row = Layer(path, op, nchw, 32, weight_bits, pixels * weight.size, weight_bytes)

@@ -15,6 +15,9 @@ from tvm.relax import op as R
 from bnncc.dialect.ops import attributes, call, op_name, shape_of
 from bnncc.passes.rewriter import is_const, numpy_of
 
+#: Pixels of a row, counted in strides, below which vectors along it have too much of a rest. Measured on AVX-512.
+_ROW = 14
+
 Operator = Callable[[Any, relax.Call], Any]
 
 
@@ -227,6 +230,27 @@ def _strided_slice(p: Any, old: relax.Call) -> Any | None:
     axes, *bounds = ([int(field.value) for field in argument.fields] for argument in old.args[1:])
     moved = [_image_axis(rank, axis % rank) if rank in (3, 4, 5) else None for axis in axes]
     return None if None in moved else R.strided_slice(p.image(old.args[0]), moved, *bounds)
+
+
+#: Operations of a window over planes, which are written out.
+_WINDOW = 64
+
+
+def is_planar(old: Any) -> bool:
+    """Whether a pool or depthwise convolution has a good kernel on the planes of an NCHW image."""
+    name = op_name(old)
+    if name not in ("nn.max_pool2d", "nn.avg_pool2d", "nn.conv2d"):
+        return False
+    a = attributes(old)
+    if name != "nn.conv2d":
+        layout, kernel, served = a["layout"], a["pool_size"], True
+    elif is_const(old.args[1]):
+        (out, per_group, *kernel), layout = shape_of(old.args[1]), a["data_layout"]
+        served = per_group == 1 and out == a["groups"]
+    else:
+        return False
+    wide = shape_of(old.args[0])[3] >= _ROW * a["strides"][1]
+    return served and layout == "NCHW" and wide and a["strides"][1] <= 2 and kernel[0] * kernel[1] <= _WINDOW
 
 
 #: Operators below that are as well off in the model's layout.

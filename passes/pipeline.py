@@ -71,7 +71,7 @@ def phases(
         (
             "lower: the target's layouts",
             [
-                ToNHWC(channels_last),
+                ToNHWC(channels_last, target.planar_windows),
                 PackBits(target),  # reads NHWC
                 PackPlanes(target),
                 PackBytes(target),  # integers of more bits than planes are good for

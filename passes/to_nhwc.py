@@ -9,7 +9,8 @@ After all fusions, which read the model's own layout; before packing. Every imag
 kernels serves all ranks: [N, C, W] is [N, 1, W, C], and [N, C, D, H, W] is [N·D, H, W, C]. A value keeps its name; a
 reader that this pass does not know gets `y__nchw`, permuted back, so that transpositions stand only where a graph
 enters, leaves or flattens. Declines nothing: an operator it does not know simply reads the model's layout, and so do
-elementwise operators and concatenations that no chain of their kind connects to an operator on images.
+those that serve any layout (elementwise operators, concatenations, where the target has kernels for it also pools and
+depthwise convolutions) and that no chain of their kind connects to an operator which gains from this one.
 
 The caller may hold its images channels-last already: then the function's inputs, outputs or both are [N, …, C].
 
@@ -51,9 +52,10 @@ def image_shape(shape: tuple[int, ...]) -> tuple[int, int, int, int]:
 
 
 class _ToNHWC(Rewriter):
-    def __init__(self, mod: Any, channels_last: str):
+    def __init__(self, mod: Any, channels_last: str, planar_windows: bool):
         super().__init__(mod)
         self.channels_last = channels_last
+        self.planar_windows = planar_windows
         self.images: set[Any] = set()  # new variables that are images
         self.nhwc: dict[Any, Any] = {}  # new variable in the model's layout → its image
         self.helper: Origin | None = None  # of what an operator computes on the way to its value
@@ -62,7 +64,7 @@ class _ToNHWC(Rewriter):
         self.apart = self.without_images()
 
     def without_images(self) -> set[Any]:
-        """The results of operators that serve any layout and meet no operator on images, directly or among their like.
+        """The results of operators that serve any layout and meet no other on images, directly or among their like.
 
         Moving them would cost two transpositions and gain nothing.
         """
@@ -76,10 +78,11 @@ class _ToNHWC(Rewriter):
         met: list[Any] = []
         for binding in self.bindings:
             var, name = binding.var, str(op_name(binding.value))
-            if name in ELEMENTWISE or name in nhwc_operators.ANY_LAYOUT:
+            planar = self.planar_windows and nhwc_operators.is_planar(binding.value)
+            if planar or name in ELEMENTWISE or name in nhwc_operators.ANY_LAYOUT:
                 for operand in operands(binding.value):
                     parent[root(operand)] = root(var)
-            elif name in nhwc_operators.OPERATORS:
+            elif name in nhwc_operators.OPERATORS and name != "reshape":
                 met += [var, *operands(binding.value)]
         images = {root(var) for var in met}
         return {var for var in self.definition if root(var) not in images}
@@ -227,6 +230,9 @@ def _channels_last_param(param: Any) -> Any:
     return relax.Var(param.name, relax.TensorType(moved, param.ty.dtype))
 
 
-def ToNHWC(channels_last: str = "none") -> Any:
-    """The pass; channels_last: "inputs", "outputs" or "both" of the function are N, …, C instead of N, C, …."""
-    return module_pass(lambda mod: _ToNHWC(mod, channels_last).run(), "ToNHWC")
+def ToNHWC(channels_last: str = "none", planar_windows: bool = False) -> Any:
+    """The pass; channels_last: "inputs", "outputs" or "both" of the function are N, …, C instead of N, C, ….
+
+    planar_windows: the target computes pools and depthwise convolutions as well in the model's layout.
+    """
+    return module_pass(lambda mod: _ToNHWC(mod, channels_last, planar_windows).run(), "ToNHWC")

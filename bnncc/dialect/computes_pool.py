@@ -41,6 +41,62 @@ def _pooled(size: int, kernel: int, stride: int, before: int, after: int, ceil_m
     return out - 1 if (out - 1) * stride >= size + before else out  # a window must start inside
 
 
+def pooled_image(
+    image: Sequence[int],
+    pool_size: Sequence[int],
+    strides: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int] = (1, 1),
+    *,
+    ceil_mode: bool = False,
+) -> tuple[int, int]:
+    """Height and width of the result of a pool over an image of (height, width)."""
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, pool_size, strict=True)]
+    height, width = (
+        _pooled(image[axis], reach[axis], strides[axis], padding[axis], padding[axis + 2], ceil_mode) for axis in (0, 1)
+    )
+    return height, width
+
+
+def _is_ragged(
+    image: Sequence[int], out: Sequence[int], pool_size: Sequence[int], strides: Sequence[int], padding: Padding
+) -> bool:
+    """Whether windows reach beyond the padding, as some do that rounding up has added."""
+    return any(
+        (out[axis] - 1) * strides[axis] + pool_size[axis] > image[axis] + padding[axis] + padding[axis + 2]
+        for axis in (0, 1)
+    )
+
+
+def window_counts(
+    image: Sequence[int],
+    out: Sequence[int],
+    pool_size: Sequence[int],
+    strides: Sequence[int],
+    padding: Padding,
+    *,
+    count_include_pad: bool = True,
+    divisor: int | None = None,
+) -> Callable[[Any, Any], Any]:
+    """By what the sum of the window of pixel (y, x) is divided, as ATen counts."""
+
+    def count(y: Any, x: Any) -> Any:
+        if divisor is not None:
+            return f32(float(divisor))
+        if not any(padding) and not _is_ragged(image, out, pool_size, strides, padding):
+            return f32(float(pool_size[0] * pool_size[1]))
+        spans = []
+        for axis, at in enumerate((y, x)):
+            start = at * strides[axis] - padding[axis]
+            end = tirx.min(start + pool_size[axis], image[axis] + padding[axis + 2])
+            if not count_include_pad:
+                start, end = tirx.max(start, 0), tirx.min(end, image[axis])
+            spans.append(end - start)
+        return tirx.Cast("float32", spans[0] * spans[1])
+
+    return count
+
+
 def max_pool2d(
     x: te.Tensor,
     pool_size: tuple[int, int],
@@ -53,8 +109,7 @@ def max_pool2d(
     """Max pooling of [N, H, W, C]; NaN wins, padding never does."""
     batch, height, width, channels = extents(x)
     reach = tuple(d * (k - 1) + 1 for d, k in zip(dilation, pool_size, strict=True))
-    oh = _pooled(height, reach[0], strides[0], padding[0], padding[2], ceil_mode)
-    ow = _pooled(width, reach[1], strides[1], padding[1], padding[3], ceil_mode)
+    oh, ow = pooled_image((height, width), pool_size, strides, padding, dilation, ceil_mode=ceil_mode)
     bottom = max(padding[2], (oh - 1) * strides[0] + reach[0] - height - padding[0])
     right = max(padding[3], (ow - 1) * strides[1] + reach[1] - width - padding[1])
     lowest = f32(-math.inf)
@@ -86,12 +141,8 @@ def avg_pool2d(
     """Average pooling of [N, H, W, C]: the sum in window order, divided by the count as ATen counts."""
     batch, height, width, channels = extents(x)
     top, left, bottom, right = padding
-    oh = _pooled(height, pool_size[0], strides[0], top, bottom, ceil_mode)
-    ow = _pooled(width, pool_size[1], strides[1], left, right, ceil_mode)
-    ragged = ceil_mode and (
-        (oh - 1) * strides[0] + pool_size[0] > height + top + bottom
-        or (ow - 1) * strides[1] + pool_size[1] > width + left + right
-    )
+    oh, ow = pooled_image((height, width), pool_size, strides, padding, ceil_mode=ceil_mode)
+    ragged = _is_ragged((height, width), (oh, ow), pool_size, strides, padding)
     i, j, at = _pool_index(pool_size, strides, (top, left, max(bottom, ragged), right), height, width)
 
     def f(n: Any, y: Any, x_: Any, c: Any) -> Any:
@@ -101,23 +152,9 @@ def avg_pool2d(
 
     sums = staged((batch, oh, ow, channels), f, "pool_sum", "reduction")
 
-    def count(y: Any, x_: Any) -> Any:
-        if divisor is not None:
-            return f32(float(divisor))
-        if not any(padding) and not ragged:
-            return f32(float(pool_size[0] * pool_size[1]))
-        spans = []
-        for at_, k, s, before, size, after in (
-            (y, pool_size[0], strides[0], top, height, bottom),
-            (x_, pool_size[1], strides[1], left, width, right),
-        ):
-            start = at_ * s - before
-            end = tirx.min(start + k, size + after)
-            if not count_include_pad:
-                start, end = tirx.max(start, 0), tirx.min(end, size)
-            spans.append(end - start)
-        return tirx.Cast("float32", spans[0] * spans[1])
-
+    count = window_counts(
+        (height, width), (oh, ow), pool_size, strides, padding, count_include_pad=count_include_pad, divisor=divisor
+    )
     return te.compute(
         (batch, oh, ow, channels), lambda n, y, x_, c: sums(n, y, x_, c) / count(y, x_), name="avg_pool2d"
     )

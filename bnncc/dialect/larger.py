@@ -16,8 +16,8 @@ _NAME = "tirx.bnncc_larger"
 
 
 def larger(kept: Any, new: Any) -> Any:
-    """`new` where it is larger or NaN, else `kept`; NaN if either is."""
-    return tirx.call_intrin("float32", _NAME, kept, new)
+    """`new` where it is larger or NaN, else `kept`; NaN if either is. Of floats or vectors of them."""
+    return tirx.call_intrin(str(kept.ty.dtype), _NAME, kept, new)
 
 
 def _llvm(intrinsic: str, *args: Any) -> Any:

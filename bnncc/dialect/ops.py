@@ -33,7 +33,8 @@ Packed operators are what kernels compute. Activations are NHWC, packed tensors 
     pack_bytes(x, lowest, inverse) {most, padding, pad_level, channels, groups, offset}    the same levels, a byte each
     byte_conv2d(x, w, base[, correction, rows, cols]) {factor, wide, …} → int32 accumulator
     scale_shift(x, a, b) {axis}                          fma(x, a, b): batch norm exactly as ATen evaluates it
-    conv2d(x, w), depthwise_conv2d, dense                float, weights laid out for the target's register tile
+    conv2d(x, w), depthwise_conv2d, dense                float, weights laid out for the target's register tile;
+                                                         depthwise_conv2d {data_layout: "NCHW"} takes w [C, KH, KW]
     unpack_weights(w)                                    float weights from bits, once per instance
     copy(x)                                              x, in memory of its own
     unfold_depth(x) {depth, kernel, stride, dilation,    images [N·D, H, W, C] → [N·OD, H, W, C·kernel]: beside each
@@ -198,12 +199,15 @@ def _conv_kernel(dtype: str) -> Callable[[relax.Call, Any], Any]:
 
     def infer(call_: relax.Call, _: Any) -> Any:
         a = attributes(call_)
-        n, h, w = shape_of(call_.args[0])[:3]
+        planar = a.get("data_layout") == "NCHW"
+        n, *rest = shape_of(call_.args[0])
+        h, w = rest[1:] if planar else rest[:2]
         top, left, bottom, right = a.get("padding", (0, 0, 0, 0))
         kh, kw = a["kernel_size"]
         oh = window(h, kh, a["strides"][0], a["dilation"][0], top, bottom)
         ow = window(w, kw, a["strides"][1], a["dilation"][1], left, right)
-        return relax.TensorType((n, oh, ow, a["out_channels"]), dtype)
+        out = a["out_channels"]
+        return relax.TensorType((n, out, oh, ow) if planar else (n, oh, ow, out), dtype)
 
     return infer
 

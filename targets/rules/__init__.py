@@ -12,6 +12,7 @@ from .conv import Conv, Dense
 from .lane_conv import LaneConv
 from .nests import LoopNests
 from .permute import Permute
+from .planar import Planar
 from .register_tile import TiledAnchor, Tiles, default_tile
 from .softmax import Softmax
 
@@ -20,4 +21,7 @@ _TILED: tuple[type[TiledAnchor], ...] = (BinaryConv, LaneConv, BinaryConvBytes, 
 
 def rules_for(target: TargetSpec, tiles: Tiles = default_tile) -> list[Rule]:
     """The rules of a target in the order they are tried: the more special first. tiles: chooses their tiles."""
-    return [*(rule(target, tiles) for rule in _TILED), *(rule(target) for rule in (Permute, Softmax, LoopNests))]
+    return [
+        *(rule(target, tiles) for rule in _TILED),
+        *(rule(target) for rule in (Permute, Softmax, Planar, LoopNests)),
+    ]

@@ -79,6 +79,18 @@ def test_depthwise(function, check, v3):
     )
 
 
+def test_depthwise_on_planes(function, check, v3):
+    weight = RNG.normal(size=(4, 1, 3, 3)).astype("float32")
+    attrs = {"out_channels": 4, "kernel_size": (3, 3), "strides": (1, 1), "dilation": (1, 1), "padding": (1, 1, 1, 1)}
+    check(
+        LowerFloat(v3),
+        function((1, 4, 9, 16), lambda x: R_.nn.conv2d(x, const(weight), padding=1, groups=4)),
+        function(
+            (1, 4, 9, 16), lambda x: call("depthwise_conv2d", [x, const(weight[:, 0])], **attrs, data_layout="NCHW")
+        ),
+    )
+
+
 @pytest.mark.parametrize(
     ("width", "value", "taken"),
     [

@@ -145,6 +145,44 @@ def test_do_not_move(network, function, check_unchanged):
     check_unchanged(ToNHWC(), function(shape, body))
 
 
+PLANAR = (1, 4, 28, 28)
+D = RNG.normal(size=(4, 1, 3, 3)).astype("float32")
+STAY = {
+    "a pool": lambda x: R_.nn.max_pool2d(x, pool_size=3, strides=2, padding=1),
+    "a depthwise convolution": lambda x: R_.nn.relu(R_.nn.conv2d(x, const(D), padding=1, groups=4)),
+    "a chain": lambda x: R_.nn.relu(R_.nn.avg_pool2d(R_.nn.relu(R_.nn.conv2d(x, const(D), groups=4)), pool_size=3)),
+    "a pool that is flattened": lambda x: R_.reshape(R_.nn.max_pool2d(x, pool_size=2, strides=2), (1, 784)),
+}
+MOVE = {
+    "beside a convolution": lambda x: R_.add(
+        R_.nn.conv2d(x, const(RNG.normal(size=(4, 4, 1, 1)))), R_.nn.max_pool2d(x, pool_size=3, padding=1)
+    ),
+    "behind a convolution": lambda x: R_.nn.max_pool2d(R_.nn.conv2d(x, const(W)), pool_size=2),
+    "short rows": lambda x: R_.nn.max_pool2d(R_.strided_slice(x, [3], [0], [9]), pool_size=2),
+    "a long stride": lambda x: R_.nn.max_pool2d(x, pool_size=2, strides=3),
+    "a large window": lambda x: R_.nn.avg_pool2d(x, pool_size=9),
+    "more channels out": lambda x: R_.nn.conv2d(x, const(RNG.normal(size=(8, 1, 3, 3))), groups=4),
+}
+
+
+@pytest.mark.parametrize("network", STAY)
+def test_windows_stay_where_the_target_has_kernels_on_planes(network, function, check_unchanged, apply, calls):
+    before = function(PLANAR, STAY[network])
+    check_unchanged(ToNHWC(planar_windows=True), before)
+    assert calls(apply(ToNHWC(), before))[0] == "permute_dims"
+
+
+@pytest.mark.parametrize("network", MOVE)
+def test_do_not_leave_windows_in_the_models_layout(network, function, apply, calls):
+    after = apply(ToNHWC(planar_windows=True), function(PLANAR, MOVE[network]))
+    assert calls(after)[0] == "permute_dims"
+
+
+def test_do_not_leave_windows_where_the_caller_holds_channels_last(function, apply, calls):
+    after = apply(ToNHWC("both", planar_windows=True), function(PLANAR, STAY["a pool"]))
+    assert calls(after) == ["nn.max_pool2d"]
+
+
 @pytest.mark.parametrize("constant", [(4, 1, 1), (1, 4, 1, 1), (5,), (7, 1), (1, 1, 7, 5), (2, 4, 7, 5), (), (1,)])
 def test_constants_broadcast_as_before(constant, function, apply, evaluate):
     value = const(RNG.normal(size=constant))

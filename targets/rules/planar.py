@@ -1,0 +1,247 @@
+"""Windows over images in the model's own layout, NCHW: lanes along the rows of one channel's plane.
+
+    for each plane, and each of its parts that fits the first-level cache, parallel:
+        frame[row, :] = padding | x[row, :] | padding          so that no window asks where it is; with stride 2,
+                                                            even pixels apart from odd ones
+        for each tile of rows and vector of pixels:
+            acc = op(acc, frame[row + ky, pixel + kx])          unrolled
+            epilogue                                            on the accumulator, still in a register
+
+The sum of a window is in the order of its rows, as where lanes are channels. What a row has beyond whole vectors is
+computed as one, and stored in parts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tvm_ffi
+from tvm import tirx
+from tvm.ir.expr import TensorLoad
+from tvm.s_tir import Schedule
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script.builder import ir as T
+
+from bnncc.dialect.larger import larger
+from bnncc.dialect.stages import WINDOW, Window
+
+from .base import TASK_WORK, Rule, Stages
+
+#: Bytes of the part of a plane that is framed at once.
+_FRAME = 16 << 10
+#: Rows of a tile, which share the rows that their windows read; and operations of a tile, which are written out.
+_ROWS, _WRITTEN = 8, 256
+
+_KINDS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "planar.max": lambda acc, value, _: larger(acc, value),
+    "planar.sum": lambda acc, value, _: acc + value,
+    "planar.products": lambda acc, value, weight: acc + value * weight,
+}
+
+
+class Planar(Rule):
+    """Pooling and depthwise convolutions of NCHW images with the elementwise stages around them."""
+
+    name = "windows over planes"
+
+    def __call__(self, func: tirx.PrimFunc) -> Schedule | str:
+        sch = Schedule(func)
+        stages = Stages(sch)
+        found = stages.of(*_KINDS)
+        if len(found) != 1 or len(stages.outputs) != 1:
+            return "not one window over planes with one result"
+        stages.inline()
+        rows, window, *rest = stages.blocks
+        if stages.role(rows) != "planar.rows" or stages.role(window) not in _KINDS or len(rest) > 1:
+            return "more than elementwise stages around the window"
+        main = sch.get(rest[0]) if rest else None
+        return Schedule(_Kernel(func, sch.get(rows), sch.get(window), main, stages.role(window), self.target).build())
+
+
+def _substituted(expr: Any, block: Any, at: tuple[Any, ...]) -> Any:
+    """An expression of a block at another place of the block's axes."""
+    places = (tirx.const(index, "int32") if isinstance(index, int) else index for index in at)
+    axes = dict(zip((iv.var for iv in block.iter_vars), places, strict=True))
+    return tvm_ffi.structural_map(expr, (tirx.Var, lambda var: axes.get(var, var)))
+
+
+def _parts(length: int, lanes: int) -> Iterator[tuple[int, int]]:
+    """(start, size) of vectors of powers of two, at most `lanes`, that make up a length."""
+    at = 0
+    while at < length:
+        while lanes > length - at:
+            lanes //= 2
+        yield at, lanes
+        at += lanes
+
+
+def _over(length: int, lanes: int, body: Callable[[Any, int], None]) -> None:
+    """`body(start, size)` for whole vectors in a loop, and for the parts of the rest."""
+    if whole := length // lanes:
+        with T.serial(0, whole) as v:
+            body(v * lanes, lanes)
+    for at, size in _parts(length % lanes, lanes):
+        body(whole * lanes + at, size)
+
+
+def _store(buffer: Any, value: Callable[[Any], Any], at: Callable[[Any], list[Any]], start: Any, size: int) -> None:
+    """`buffer[at(i)] = value(i)` for the `size` indices of one vector."""
+    if size == 1:
+        T.buffer_store(buffer, value(start), at(start))
+        return
+    with T.vectorized(0, size) as lane:
+        T.buffer_store(buffer, value(start + lane), at(start + lane))
+
+
+class _Kernel:
+    """The kernel of one window: `rows` is the block that reads the image, `main` what follows the window's."""
+
+    def __init__(self, func: tirx.PrimFunc, rows: Any, window: Any, main: Any, kind: str, target: Any) -> None:
+        self.func, self.rows, self.window, self.main, self.kind = func, rows, window, main, kind
+        self.of = Window(*(int(i) for i in window.annotations[WINDOW]))
+        *self.planes, self.height, self.width = (int(iv.dom.extent) for iv in rows.iter_vars)
+        *_, self.out_height, self.out_width = (int(e) for e in window.writes[0].source.shape)
+        of = self.of
+        self.lanes = min((target.float_lanes >> i for i in range(2)), key=lambda n: (-(-self.out_width // n), n))
+        # The frame begins whole vectors before the image, so that what is copied is aligned.
+        self.before = self.lanes * of.stride_x if of.left else 0
+        reach = (of.width - 1) * of.dilation_x + 1
+        last = self.before - of.left + (self.out_width - 1) * of.stride_x + reach  # what is read ends there
+        self.after = max(0, last - self.before - self.width)
+        filled = -(-max(last, self.before + self.width) // of.stride_x)
+        self.pitch = filled + 2 * self.lanes  # a vector may end, and the padding begin, beyond it
+        rows = max(1, min(_ROWS, _WRITTEN // of.area))
+        self.tile = max(d for d in range(1, rows + 1) if self.out_height % d == 0)
+        tiles = self.out_height // self.tile
+        self.part = self.tile * max(
+            d for d in range(1, tiles + 1) if tiles % d == 0 and (d == 1 or self._frame_bytes(d) <= _FRAME)
+        )
+
+    def _framed(self, rows: int) -> int:
+        return (rows - 1) * self.of.stride_y + (self.of.height - 1) * self.of.dilation_y + 1
+
+    def _frame_bytes(self, tiles: int) -> int:
+        return 4 * self.of.stride_x * self.pitch * self._framed(tiles * self.tile)
+
+    def build(self) -> tirx.PrimFunc:
+        parts = self.out_height // self.part
+        planes = self.planes[0] * self.planes[1]
+        work = planes * self.out_height * -(-self.out_width // self.lanes) * (self.of.area + 2)
+        with IRBuilder() as builder, T.prim_func(s_tir=True):
+            T.func_name("main")
+            T.func_attr({"tirx.noalias": True})
+            for param in self.func.params:
+                T.arg(param.name, param)
+            loop = T.parallel if work >= 2 * TASK_WORK and planes * parts > 1 else T.serial
+            with loop(0, planes * parts) as task:
+                plane, first = tirx.floordiv(task, parts), tirx.floormod(task, parts) * self.part
+                self.plane = (tirx.floordiv(plane, self.planes[1]), tirx.floormod(plane, self.planes[1]))
+                shape = self._framed(self.part), self.of.stride_x, self.pitch
+                self.frame = T.alloc_buffer(shape, "float32", scope="local")
+                with T.serial(0, self._framed(self.part)) as row:
+                    self._frame_row(row, first * self.of.stride_y + row - self.of.top)
+                with T.serial(0, self.part // self.tile) as tile:
+                    self._tile_row(first, tile * self.tile)
+        return builder.get()
+
+    def _frame_row(self, row: Any, y: Any) -> None:
+        """Row y of the image in the frame; padding where there is none."""
+        stride, end = self.of.stride_x, self.before + self.width
+
+        def copy() -> None:
+            _over(self.width, self.lanes * stride, lambda at, size: self._copy(row, y, at, size))
+            for phase in range(stride if self.after else 0):
+                self._fill(row, phase, -(-(end - phase) // stride), -(-(end + self.after - phase) // stride))
+
+        if self.of.top or self._framed(self.out_height) > self.height:
+            with T.If(tirx.all(y >= 0, y < self.height)):
+                with T.Then():
+                    copy()
+                with T.Else():
+                    for phase in range(stride):
+                        self._fill(row, phase, 0, -(-(end + self.after) // stride))
+        else:
+            copy()
+        for phase in range(stride if self.before else 0):
+            self._fill(row, phase, 0, self.lanes)
+
+    def _fill(self, row: Any, phase: int, start: int, end: int) -> None:
+        """Whole vectors of padding, from `start` on and at least to `end`."""
+        outside = tirx.const(float("-inf") if self.kind == "planar.max" else 0.0, "float32")
+        for at in range(start, end, self.lanes):
+            T.buffer_store(self.frame, tirx.Broadcast(outside, self.lanes), [row, phase, tirx.Ramp(at, 1, self.lanes)])
+
+    def _copy(self, row: Any, y: Any, x: Any, size: int) -> None:
+        """`size` pixels, from pixel x of row y on: the even ones to one side, the odd ones to the other."""
+
+        def value(lane: Any) -> Any:
+            return _substituted(self.rows.body.value, self.rows, (*self.plane, y, x + lane))
+
+        stride = self.of.stride_x
+        at = tirx.floordiv(self.before + x, stride)
+        if stride == 1 or size == 1:
+            _store(self.frame, value, lambda lane: [row, 0, at + lane], 0, size)
+            return
+        pixels = T.alloc_buffer((size,), "float32", scope="local")
+        _store(pixels, value, lambda lane: [lane], 0, size)
+        for phase in range(stride):
+            vector = tirx.Shuffle([pixels[tirx.Ramp(0, 1, size)]], list(range(phase, size, stride)))
+            T.buffer_store(self.frame, vector, [row, phase, tirx.Ramp(at, 1, size // stride) if size > stride else at])
+
+    def _tile_row(self, first: Any, y: Any) -> None:
+        """The results of a tile's rows, y rows into the frame's part, which begins with row `first` of the result."""
+        if whole := self.out_width // self.lanes:
+            with T.serial(0, whole) as v:
+                self._tile(first, y, v * self.lanes, self.lanes)
+        if self.out_width % self.lanes:
+            self._tile(first, y, whole * self.lanes, self.out_width % self.lanes)
+
+    def _tile(self, first: Any, y: Any, x: Any, count: int) -> None:
+        sums = T.alloc_buffer((self.tile, self.lanes), "float32", scope="local")
+        target = (self.main or self.window).writes[0].source
+        # What follows a window and reads nothing else may as well be computed beyond the end of a row.
+        alone = self.main is not None and len(self.main.reads) == 1
+        for row in range(self.tile):
+            at = (*self.plane, first + y + row)
+
+            def result(lane: Any, row: int = row, at: Any = at) -> Any:
+                return self._result(sums[row, lane], (*at, x + lane))
+
+            def kept(lane: Any, row: int = row) -> Any:
+                return sums[row, lane]
+
+            def place(lane: Any, at: Any = at) -> list[Any]:
+                return [*at, x + lane]
+
+            self._sum(sums, row, y + row, x)
+            if alone:
+                _store(sums, result, lambda lane, row=row: [row, lane], 0, self.lanes)  # type: ignore[misc]
+            for start, size in _parts(count, self.lanes):
+                _store(target, kept if alone else result, place, start, size)
+
+    def _result(self, value: Any, at: tuple[Any, ...]) -> Any:
+        """What becomes of a window's value."""
+        if self.main is None:
+            return value
+        windows = self.window.writes[0].source
+        expr = _substituted(self.main.body.value, self.main, at)
+        return tvm_ffi.structural_map(expr, (TensorLoad, lambda load: value if load.source.same_as(windows) else load))
+
+    def _sum(self, sums: Any, slot: int, y: Any, x: Any) -> None:
+        """One vector of windows, from pixel x of row y on, step by step in sums[slot]."""
+        of, at = self.of, [slot, tirx.Ramp(0, 1, self.lanes)]
+        if self.kind != "planar.max":  # a maximum begins with the first value
+            T.buffer_store(sums, tirx.Broadcast(tirx.const(0.0, "float32"), self.lanes), at)
+        for i, j in itertools.product(range(of.height), range(of.width)):
+            start = self.before - of.left + j * of.dilation_x
+            pixels = tirx.Ramp(start // of.stride_x + x, 1, self.lanes)
+            value = self.frame[y * of.stride_y + i * of.dilation_y, start % of.stride_x, pixels]
+            if self.kind == "planar.max" and i == j == 0:
+                T.buffer_store(sums, value, at)
+                continue
+            weight = None
+            if self.kind == "planar.products":
+                weight = tirx.Broadcast(self.window.reads[1].source[self.plane[1], i, j], self.lanes)
+            T.buffer_store(sums, _KINDS[self.kind](sums[tuple(at)], value, weight), at)
