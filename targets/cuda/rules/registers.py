@@ -211,8 +211,8 @@ class Kernel:
                 (value,) = self.reduce(stage, [point])
             else:
                 value = self.value(stage.at(point))
-                again = self.graph.uses[stage.buffer] > 1 or stage.role == "levels"  # of several bit planes
-                if again or self.graph.is_output(stage):
+                # CUDA C says an operand twice for a maximum, often for exp: what it is must stand in a register.
+                if not isinstance(value, (ir.TensorLoad, tirx.Cast)) or self.graph.is_output(stage):
                     value = self.keep(value, stage.dtype, str(stage.buffer.name) + "_")
             self._memo[key] = value
             if stage.buffer in self.also:
