@@ -51,6 +51,10 @@ typedef unsigned long uint64_t;
 _TVM_PRELUDE = re.compile(r"#ifdef __CUDACC_RTC__\n  #include <cuda/std/cstdint>.*?#include <cuda\.h>\n#endif\n", re.S)
 _BUILT_IN = re.compile(r"#include <(math_constants|sm_61_intrinsics)\.h>\n")
 
+# Where a kernel begins, in CUDA C and in PTX.
+_KERNEL = r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\([^;{}]*\{"
+_ENTRY = r"\.entry (\w+)\("
+
 
 def compile_cuda(source: str, sm: str) -> tuple[bytes, bytes]:
     """The cubin for an architecture ("sm_90", "sm_90a"), and the PTX it was made from, for the driver to compile for
@@ -231,9 +235,9 @@ def _complaint(identity: str, sm: str, log: str, source: str, ptx: str) -> str:
     in_source, in_ptx = re.search(r"kernels\.cu\((\d+)\)", line), re.search(r"ptxas .*\bline (\d+);", line)
     kernel = None
     if in_source:
-        kernel = _last_before(r"__global__[^;{}]*?\b(\w+)\([^;{}]*\{", source, int(in_source[1]))
+        kernel = _last_before(_KERNEL, source, int(in_source[1]))
     elif in_ptx:
-        kernel = _last_before(r"\.entry (\w+)\(", ptx, int(in_ptx[1]))
+        kernel = _last_before(_ENTRY, ptx, int(in_ptx[1]))
     return f"{identity} refuses the CUDA source for {sm}{f', kernel {kernel}' if kernel else ''}: {line}"
 
 

@@ -101,8 +101,8 @@ extern "C" __global__ void once(float* x) { x[0] = __fmaf_rn(x[1], x[2], x[3]); 
 
 BAD = r"""
 extern "C" __global__ void good(int* x) { x[0] = 1; }
-extern "C" __global__ void bad(int* x);
-extern "C" __global__ void bad(int* x) {
+extern "C" __global__ void __launch_bounds__(64) bad(int* x);
+extern "C" __global__ void __launch_bounds__(64) bad(int* x) {
   x[0] = nothing;
 }
 extern "C" __global__ void after(int* x) { x[0] = 1; }
