@@ -146,6 +146,23 @@ extern "C" __global__ void outside(int* out) {
   int own[9] = {};
   out[0] = own[threadIdx.x];
 }
+extern "C" __global__ void in_place(int* out) { out[threadIdx.x] = out[threadIdx.x ^ 32]; }
+extern "C" __global__ void of_another_block(int* x, int* out) {
+  x[blockIdx.x * blockDim.x + threadIdx.x] = 1;
+  __syncthreads();
+  out[blockIdx.x * blockDim.x + threadIdx.x] = x[threadIdx.x];
+}
+extern "C" __global__ void two_values(int* out) { out[threadIdx.x / 2] = threadIdx.x; }
+extern "C" __global__ void no_global_race(int* x, int* bytes, int* out) {
+  int here = blockIdx.x * blockDim.x + threadIdx.x;
+  out[here] = out[here] + x[threadIdx.x];
+  __syncthreads();
+  int other = out[here ^ 1];
+  __syncthreads();
+  out[here] += other;
+  out[512 + threadIdx.x / 2] = 7;  // four times, but the same
+  ((char*)bytes)[here] = 1;
+}
 extern "C" __global__ void division(int* x, int* out) { out[0] = 7 / x[0]; }
 extern "C" __global__ void far(int* x, int* out) { out[0] = x[1 << 30]; }
 extern "C" __global__ void too_deep(int* x, int* out) {
@@ -258,6 +275,13 @@ def test_indices_of_two_dimensions(kernels):
         ("divergent_shuffle", [32], 32, r"lanes fffffdff are at shfl.idx \(line \d+\) .* lanes 00000200 have ended"),
         ("divergent_barrier", [32], 32, r"is at __syncthreads \(line \d+\) while thread 0 is at"),
         ("outside", [32], 32, r"thread 9: line \d+: index 9 is outside the array"),
+        (
+            "in_place",
+            [64],
+            64,
+            r"thread 32: race in global memory at byte 0 of buffer 0.* it reads what thread 0 of block number 0 wrote",
+        ),
+        ("two_values", [64], 64, r"thread 1: race in global memory .* another value than thread 0 of block number 0"),
         ("division", [1, 1], 1, r"thread 0 divides by zero"),
         ("far", [1, 1], 1, r"thread 0: read of 4 bytes at byte \d+ of buffer \d"),
         ("too_deep", [1, 1], 1, r"thread 0 touches memory at .* nobody's"),
@@ -277,8 +301,28 @@ def test_a_warp_may_synchronise_itself(kernels):
     assert np.array_equal(out, np.arange(64) ^ 1)
 
 
+def test_blocks_are_not_ordered(kernels):
+    x, out = np.zeros(128, np.int32), np.zeros(128, np.int32)
+    kernels.launch("of_another_block", (1,), (64,), 0, x, out)
+    with pytest.raises(EmulationError, match=r"block \(1, 0, 0\): .* reads what thread \d+ of block number 0 wrote"):
+        kernels.launch("of_another_block", (2,), (64,), 0, x, out)
+
+
+def test_what_is_ordered_is_no_race(kernels):
+    x, out = np.arange(64, dtype=np.int32), np.zeros(1024, np.int32)
+    kernels.launch("no_global_race", (2,), (64,), 0, x, np.zeros(32, np.int32), out)
+    assert np.array_equal(out[:128], np.tile(x + (x ^ 1), 2))
+
+
+def test_memory_that_arguments_share(kernels):
+    both = np.zeros(96, np.int32)
+    kernels.launch("of_another_block", (1,), (32,), 0, both[:32], both[32:])
+    with pytest.raises(EmulationError, match="race in global memory"):
+        kernels.launch("no_global_race", (1,), (64,), 0, both[:64], np.zeros(32, np.int32), both[32:])
+
+
 def test_checks_can_be_left_out(kernels):
-    kernels.launch("unwritten", (1,), (64,), 0, np.zeros(64, np.int32), checks=Checks.BOUNDS | Checks.RACES)
+    kernels.launch("unwritten", (1,), (64,), 0, np.zeros(64, np.int32), checks=Checks.ALL & ~Checks.UNINITIALISED)
     kernels.launch("race", (1,), (64,), 0, np.zeros(64, np.int32), checks=Checks(0))
 
 

@@ -35,7 +35,8 @@ class Checks(IntFlag):
     BOUNDS = 1
     RACES = 2
     UNINITIALISED = 4
-    ALL = 7
+    GLOBAL_RACES = 8
+    ALL = 15
 
 
 class _Buffer(ctypes.Structure):

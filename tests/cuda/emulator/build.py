@@ -9,7 +9,7 @@ from pathlib import Path
 from .errors import EmulationError
 
 _HERE = Path(__file__).parent
-_RUNTIME = ("runtime.cpp", "memory.cpp", "instructions.cpp")
+_RUNTIME = ("runtime.cpp", "memory.cpp", "global.cpp", "instructions.cpp")
 _FLAGS = ["-O2", "-g0", "-std=c++20", "-fPIC", "-nostdlib++", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"]
 _FLAGS += ["-fno-sanitize=undefined", "-fno-strict-aliasing", "-fwrapv", "-fno-stack-protector", f"-I{_HERE}"]
 _FLAGS += [f"-I{_HERE / 'include'}", "-Wno-unused-command-line-argument"]

@@ -33,7 +33,7 @@ CUresult run_launch(const Launch& launch) {
   for (uint32_t i = 0; i < f.parameters; i++) parameters.add(&launch.values[i]);
   static char message[2048];
   int failed = f.module->launch(f.name, launch.grid, launch.block, launch.shared, parameters.items, buffers.items,
-                                buffers.count, uint32_t(option("checks", 7)), message, sizeof message);
+                                buffers.count, uint32_t(option("checks", 15)), message, sizeof message);
   buffers.release();
   parameters.release();
   if (!failed) return 0;

@@ -17,9 +17,10 @@ extern "C" const char __ehdr_start[] __attribute__((visibility("hidden")));
 extern "C" const char _end[] __attribute__((visibility("hidden")));
 
 namespace emu {
-namespace {
 
-constexpr uint16_t kNobody = 0xffff, kMany = 0xfffe, kManyOfWarp = 0x8000;  // the last one: with the warp's number
+uint32_t now;
+
+namespace {
 
 struct Shadow {  // of one byte of shared memory
   uint32_t written, read;  // when: values of the clock
@@ -28,7 +29,7 @@ struct Shadow {  // of one byte of shared memory
 };
 
 Shadow shadows[kMostShared];
-uint32_t now, block_began, last_barrier;
+uint32_t block_began, last_barrier;
 uint32_t checks;
 // The first read of a byte that nobody had written. Told at the next barrier: if another thread writes the byte before
 // that, then it is a race, which says more.
@@ -39,15 +40,6 @@ struct {
 const Buffer* buffers;
 size_t buffer_count;
 Buffer last_hit, stacks;
-
-bool ordered(uint32_t time, uint16_t who) {
-  if (time < last_barrier || who == current->index) return true;
-  if (who == kMany) return false;
-  uint32_t warp = current->index / kLanes;
-  if (time >= current->synced) return false;
-  if (who >= kManyOfWarp) return who == (kManyOfWarp | warp) && current->synced_with == kFull;
-  return who / kLanes == warp && (current->synced_with >> who % kLanes & 1);
-}
 
 [[noreturn]] void race(const char* what, const char* before, uint32_t offset, uint16_t who) {
   char other[40];
@@ -62,22 +54,16 @@ bool ordered(uint32_t time, uint16_t who) {
 }
 
 void shared_read(uint32_t offset, size_t size) {
-  uint16_t me = current->index;
   for (Shadow *s = shadows + offset, *end = s + size; s < end; s++) {
     if (s->in_flight && s->written >= block_began)
       fail("byte %u of shared memory is read while thread %u's cp.async to it is under way: a wait_group is missing",
            uint32_t(s - shadows), s->writer);
     if (s->written < block_began) {
-      if (!unwritten.seen) unwritten = {true, uint32_t(s - shadows), me};
+      if (!unwritten.seen) unwritten = {true, uint32_t(s - shadows), current->index};
     } else if (checks & check_races && !ordered(s->written, s->writer)) {
       race("reads", "wrote", s - shadows, s->writer);
     }
-    if (s->read < last_barrier || s->reader == me) {
-      s->reader = me;
-    } else if (s->reader != kMany) {
-      uint32_t warp = s->reader >= kManyOfWarp ? s->reader & ~kManyOfWarp : s->reader / kLanes;
-      s->reader = warp == me / kLanes ? kManyOfWarp | warp : kMany;
-    }
+    s->reader = join_readers(s->read, s->reader);
     s->read = now;
   }
 }
@@ -100,27 +86,64 @@ bool holds(const Buffer& buffer, const void* address, size_t size) {
   return offset < buffer.size && size <= buffer.size - offset;
 }
 
-void check_elsewhere(const void* address, size_t size, const char* what) {
-  if (holds(last_hit, address, size) || holds(stacks, address, size) || !(checks & check_bounds)) return;
+[[noreturn]] void fail_outside(const void* address, size_t size, const char* what) {
+  if (!buffer_count) fail("%s of %zu bytes at %p, but the kernel has no memory", what, size, address);
+  fail("%s of %zu bytes at %s", what, size, place_of(address));
+}
+
+bool in_a_buffer(const void* address, size_t size) {
+  if (holds(last_hit, address, size)) return true;
   for (size_t i = 0; i < buffer_count; i++)
     if (holds(buffers[i], address, size)) {
       last_hit = buffers[i];
-      return;
+      return true;
     }
+  return false;
+}
+
+void check_elsewhere(const void* address, size_t size, const char* what, bool writes) {
+  if (holds(stacks, address, size)) return;
+  if (in_a_buffer(address, size)) {
+    if (checks & check_global_races) global_access(address, size, writes);
+    return;
+  }
+  if (!(checks & check_bounds)) return;
   if (address >= static_cast<const void*>(__ehdr_start) && address < static_cast<const void*>(_end)) return;
+  fail_outside(address, size, what);
+}
+
+}  // namespace
+
+const char* place_of(const void* address) {
+  static char text[80];
   size_t best = 0;
   ptrdiff_t nearest = PTRDIFF_MAX;
   for (size_t i = 0; i < buffer_count; i++) {
     ptrdiff_t from = static_cast<const uint8_t*>(address) - buffers[i].base;
-    ptrdiff_t distance = from < 0 ? -from : from - ptrdiff_t(buffers[i].size);
+    ptrdiff_t distance = from < 0 ? -from : from < ptrdiff_t(buffers[i].size) ? 0 : from - ptrdiff_t(buffers[i].size);
     if (distance < nearest) nearest = distance, best = i;
   }
-  if (!buffer_count) fail("%s of %zu bytes at %p, but the kernel has no memory", what, size, address);
-  fail("%s of %zu bytes at byte %td of buffer %zu, which has %zu", what, size,
-       static_cast<const uint8_t*>(address) - buffers[best].base, best, buffers[best].size);
+  ptrdiff_t offset = static_cast<const uint8_t*>(address) - buffers[best].base;
+  __builtin_snprintf(text, sizeof text, "byte %td of buffer %zu, which has %zu", offset, best, buffers[best].size);
+  return text;
 }
 
-}  // namespace
+bool ordered(uint32_t time, uint16_t who) {
+  if (time < last_barrier || who == current->index) return true;
+  if (who == kMany) return false;
+  uint32_t warp = current->index / kLanes;
+  if (time >= current->synced) return false;
+  if (who >= kManyOfWarp) return who == (kManyOfWarp | warp) && current->synced_with == kFull;
+  return who / kLanes == warp && (current->synced_with >> who % kLanes & 1);
+}
+
+uint16_t join_readers(uint32_t time, uint16_t who) {
+  uint16_t me = uint16_t(current->index);
+  if (time < last_barrier || who == me) return me;
+  if (who == kMany) return kMany;
+  uint32_t warp = who >= kManyOfWarp ? who & ~kManyOfWarp : who / kLanes;
+  return warp == me / kLanes ? uint16_t(kManyOfWarp | warp) : kMany;
+}
 
 void memory_begin_launch(uint32_t wanted, const Buffer* given, size_t count, Buffer fiber_stacks) {
   checks = wanted;
@@ -128,6 +151,7 @@ void memory_begin_launch(uint32_t wanted, const Buffer* given, size_t count, Buf
   buffer_count = count;
   last_hit = {};
   stacks = fiber_stacks;
+  if (checks & check_global_races) global_begin_launch(given, count);
 }
 
 void memory_begin_block() {
@@ -143,6 +167,7 @@ void memory_begin_block() {
 
 void memory_end_epoch() {
   last_barrier = ++now;
+  global_settle();
   if (!unwritten.seen || !(checks & check_uninitialised)) return;
   current = &threads[unwritten.thread];
   fail("byte %u of shared memory is read before it is written", unwritten.offset);
@@ -165,23 +190,24 @@ static uint32_t in_shared(const void* address, size_t size) {
 void check_read(const void* address, size_t size) {
   uint32_t offset = in_shared(address, size);
   if (offset != kFull) return shared_read(offset, size);
-  check_elsewhere(address, size, "read");
+  check_elsewhere(address, size, "read", false);
 }
 
 void check_write(const void* address, size_t size) {
   uint32_t offset = in_shared(address, size);
   if (offset != kFull) return shared_write(offset, size, false);
-  check_elsewhere(address, size, "write");
+  check_elsewhere(address, size, "write", true);
 }
 
 void check_atomic(const void* address, size_t size) {
   // Atomics do not race with each other; that plain accesses may race with them is not looked at.
-  if (in_shared(address, size) == kFull) check_elsewhere(address, size, "atomic");
+  if (in_shared(address, size) == kFull && !in_a_buffer(address, size) && checks & check_bounds)
+    fail_outside(address, size, "atomic");
 }
 
 void begin_copy(const Copy& copy) {
   uint8_t* to = at_shared(copy.to, copy.bytes, copy.bytes, "cp.async");
-  if (copy.filled) check_elsewhere(copy.from, copy.filled, "cp.async");
+  if (copy.filled) check_elsewhere(copy.from, copy.filled, "cp.async", false);
   shared_write(to - shared, copy.bytes, true);
   memset(to, kPoison, copy.bytes);
 }

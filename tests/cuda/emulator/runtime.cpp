@@ -299,6 +299,8 @@ void fail(const char* format, ...) {
   leave();
 }
 
+uint32_t block_number() { return block_place.x + grid.x * (block_place.y + grid.y * block_place.z); }
+
 void collective(Execute execute, const char* name, uint32_t mask, int line, void* operands) {
   Thread& t = *current;
   Warp& warp = warps[t.index / kLanes];
