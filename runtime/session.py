@@ -107,15 +107,23 @@ class Session:
         """
         if self._instance.device >= 0 and any(is_on_gpu(value) for value in inputs):
             results = self._run_on_gpu(inputs, out, stream)
-        else:
-            arrays = self._on_host(inputs)
-            # What fits needs no look at each port for what does not: the call of a small model takes microseconds.
-            if [(array.shape, array.dtype) for array in arrays] != self._input_forms:
-                arrays = check_inputs(self.inputs, inputs)
-            if stream is not None:
-                raise InputError("a stream is given, and the inputs lie in the host's memory; leave it out")
-            results = self._run(arrays, None if out is None else self._checked_out(out))
-        return results[0] if len(results) == 1 else tuple(results)
+            return results[0] if len(results) == 1 else tuple(results)
+        try:
+            arrays = [np.asarray(value) for value in inputs]
+        except TypeError:
+            if any(is_on_gpu(value) for value in inputs):
+                raise InputError(
+                    f"an input lies in a GPU's memory, and the session runs on the {self.device}; copy it to the host, "
+                    "or compile with -t cuda-sm_90 or the like"
+                ) from None
+            raise
+        # What fits needs no look at each port for what does not: the call of a small model takes microseconds.
+        if [(array.shape, array.dtype) for array in arrays] != self._input_forms:
+            arrays = check_inputs(self.inputs, inputs)
+        if stream is not None:
+            raise InputError("a stream is given, and the inputs lie in the host's memory; leave it out")
+        outputs = self._run(arrays, None if out is None else self._checked_out(out))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def run(self, inputs: Mapping[str, ArrayLike | DeviceArray]) -> dict[str, Any]:
         """Runs the model on inputs given by name and returns the outputs by name; errors as for calling it."""
@@ -223,17 +231,6 @@ class Session:
             raise InputError(f"no tensor {tensor}; the model has {len(tensors)}")
         size = tensor_bytes(tensors[tensor]["shape"], tensors[tensor]["dtype"])
         return int(self._library.tensor_data(self._instance.pointer, tensor)), size
-
-    def _on_host(self, inputs: Sequence[Any]) -> list[Array]:
-        try:
-            return [np.asarray(value) for value in inputs]
-        except TypeError:
-            if any(is_on_gpu(value) for value in inputs):
-                raise InputError(
-                    f"an input lies in a GPU's memory, and the session runs on the {self.device}; copy it to the host, "
-                    "or compile with -t cuda-sm_90 or the like"
-                ) from None
-            raise
 
     def _contiguous(self, arrays: list[Array]) -> list[Array]:
         """The arrays, those with gaps copied to memory kept for that: aligned, so the driver copies no second time."""

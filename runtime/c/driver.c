@@ -23,6 +23,8 @@ int bnncc_fail(const char *format, ...) {
   return -1;
 }
 
+void bnncc_forget_error(void) { last_error[0] = 0; }
+
 int bnncc_is_port(const ModelTensor *tensor) {
   return tensor->space == SPACE_INPUT || tensor->space == SPACE_OUTPUT;
 }

@@ -188,7 +188,10 @@ const char *bnncc_error(void);
 /* Sets it; printf-like. Returns -1. */
 int bnncc_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* For backends: whether a tensor lies in the memory of an input or output, and the first that lies in the same one as
+/* For backends. Forgets the last error, before work that may fail without a reason. */
+void bnncc_forget_error(void);
+
+/* Whether a tensor lies in the memory of an input or output, and the first that lies in the same one as
  * tensor `i` does: a reshape is another tensor in its memory. */
 int bnncc_is_port(const ModelTensor *tensor);
 int32_t bnncc_first_of_memory(const ModelVersion *version, int32_t i);

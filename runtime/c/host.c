@@ -75,12 +75,12 @@ static void bind(Host *self, int32_t port, void *data) {
 static int execute(Host *self, const ModelStep *steps, int32_t count) {
   int failed = 0;
   Worker *outer = pool_enter(&self->pool);
-  bnncc_fail("no reason given"); /* unless the kernel that fails gives one */
+  bnncc_forget_error();
   for (int32_t i = 0; i < count && !failed; i++) {
     FFIAny result = {.type_index = FFI_NONE};
     pool_reset_scratch(&self->pool);
     failed = steps[i].call(NULL, self->arguments + steps[i].first_argument, steps[i].argument_count, &result);
-    if (failed) bnncc_fail("kernel %s failed: %s", steps[i].name, bnncc_error());
+    if (failed) bnncc_fail("kernel %s failed: %s", steps[i].name, *bnncc_error() ? bnncc_error() : "no reason given");
   }
   pool_leave(outer);
   return failed ? -1 : 0;

@@ -162,6 +162,20 @@ def test_refuses_a_gpu_for_an_artifact_of_the_cpu(artifact, device):
         runtime.load(artifact, device=device)
 
 
+def test_refuses_arrays_of_a_gpu_on_the_cpu(tiny, session):
+    class OnGpu:
+        """As a tensor of torch answers."""
+
+        def __dlpack_device__(self):
+            return 2, 0
+
+        def __array__(self, dtype=None, copy=None):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy.")
+
+    with pytest.raises(InputError, match=r"an input lies in a GPU's memory, and the session runs on the cpu; copy it"):
+        session(OnGpu(), tiny.inputs()[1])
+
+
 @pytest.mark.parametrize("device", ["", "gpu", "cpu:0", "cuda:", "cuda:-1", "cuda:one"])
 def test_refuses_unknown_devices(artifact, device):
     with pytest.raises(InputError, match=rf"unknown device '{device}'; a device is cpu, cuda, or cuda:N"):
