@@ -49,6 +49,7 @@ typedef unsigned long uint64_t;
 #endif
 """
 _TVM_PRELUDE = re.compile(r"#ifdef __CUDACC_RTC__\n  #include <cuda/std/cstdint>.*?#include <cuda\.h>\n#endif\n", re.S)
+_DYNAMIC = re.compile(r"extern __shared__ __align__\((\d+)\) (\w+(?: \w+)*) (\w+)\[\];")
 _BUILT_IN = re.compile(r"#include <(math_constants|sm_61_intrinsics)\.h>\n")
 
 # Where a kernel begins, in CUDA C and in PTX.
@@ -116,8 +117,15 @@ def nvcc_program() -> Path | None:
 
 
 def self_contained(source: str) -> str:
-    """Source as TVM generates it, without the headers that it asks for."""
-    return _BUILT_IN.sub("", _TVM_PRELUDE.sub(lambda _: _PRELUDE, source, count=1))
+    """Source as TVM generates it, without the headers that it asks for, and with dynamic shared memory under a name of
+    its type: kernels that lie in one source call it alike, which C++ allows for arrays of one type only."""
+    return _DYNAMIC.sub(_typed, _BUILT_IN.sub("", _TVM_PRELUDE.sub(lambda _: _PRELUDE, source, count=1)))
+
+
+def _typed(match: re.Match[str]) -> str:
+    alignment, kind, name = match.groups()
+    array = f"dynamic_{kind.replace(' ', '_')}_{alignment}"
+    return f"extern __shared__ __align__({alignment}) {kind} {array}[]; {kind}* const {name} = {array};"
 
 
 class Nvrtc:

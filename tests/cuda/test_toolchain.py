@@ -76,6 +76,25 @@ def test_no_headers_are_needed():
     assert "#include" not in toolchain.self_contained(SOURCE)
 
 
+def test_dynamic_shared_memory_of_several_types(compiler):
+    """As TVM declares it in every kernel: all by one name, of whatever type."""
+    kernel = """
+extern "C" __global__ void __launch_bounds__(32) of_{1}({0}* x) {{
+  extern __shared__ __align__({1}) {0} shared_ptr[];
+  shared_ptr[threadIdx.x] = x[threadIdx.x];
+  __syncthreads();
+  x[threadIdx.x] = shared_ptr[31 - threadIdx.x];
+}}
+"""
+    source = "".join(kernel.format(*kind) for kind in (("float", 64), ("int", 128), ("signed char", 16), ("int", 32)))
+    found = resources(compiler.compile(toolchain.self_contained(source), "sm_80")[0])
+    assert {name: kernel.shared_bytes for name, kernel in found.items()} == dict.fromkeys(
+        ("of_64", "of_128", "of_16", "of_32"), 0
+    )
+    with pytest.raises(RuntimeError, match="shared_ptr"):
+        compiler.compile(source, "sm_80")
+
+
 def test_roundings(compiler):
     """Division and square root round correctly, denormals stay; only what is left open is contracted."""
     source = r"""
