@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -36,6 +36,7 @@ _DEPTHS = st.integers(1, 70)
 _PADDING = st.integers(0, 40)
 
 
+@settings(deadline=None)
 @given(st.data(), _PADDING, st.integers(1, 3), st.integers(1, 3))
 def test_popcounts_of_single_planes_replace_an_operation(data, padding, p, q):
     depth = data.draw(_DEPTHS)
@@ -47,6 +48,7 @@ def test_popcounts_of_single_planes_replace_an_operation(data, padding, p, q):
     _check(form, a, w, int(windows @ weights + np.array(factors[2]) @ w.sum(1, dtype=int)), padding)
 
 
+@settings(deadline=None)
 @given(st.data(), _PADDING)
 def test_products_of_signs(data, padding):
     depth = data.draw(_DEPTHS)
@@ -63,6 +65,7 @@ def _ternary(depth: int) -> st.SearchStrategy[np.ndarray]:
     return arrays(np.int64, depth, elements=st.integers(-1, 1))
 
 
+@settings(deadline=None)
 @given(st.data(), _PADDING)
 def test_products_of_ternary_values(data, padding):
     depth = data.draw(_DEPTHS)
@@ -78,6 +81,7 @@ def test_products_of_ternary_values(data, padding):
     _check(of_signs(False, True, products=False), one[0], two[1], mismatches, padding)
 
 
+@settings(deadline=None)
 @given(st.data(), _PADDING, st.integers(1, 4), st.integers(1, 4), st.sampled_from(["xor", "and", "and-"]))
 def test_products_of_planes(data, padding, p, q, form):
     """S of `bnncc.dialect.computes_planes`, and with the constants of the passes the sum of levels times integers."""

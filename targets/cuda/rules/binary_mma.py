@@ -9,14 +9,15 @@ popcounts of single planes (`bnncc.targets.cuda.rules.bilinear`). Of mismatches,
     b1.and              pc(a & w)                        pc(a) + pc(w) − 2·pc(a & w)
     s8                  Σ a·w, a of {0, 1}, w of ±1      pc(w) + Σ a·w, w = 1 − 2·bit
 
-pc(a) and pc(w) are products with ones: a column of ones beside the weights, a row of ones below the windows. The warps
-share that work. Pairs of planes with the same factor share their sums. Where the hardware has no tiles of bits (s8), a
-word becomes eight registers of four bytes, of all planes together; bit 8·i + s goes to byte i of register s, in both
-operands alike.
+pc(a) and pc(w) are counted by POPC, no work of the tensor cores: four a lane and step for a fragment of 16 rows.
+The warps share that work. Pairs of planes with the same factor share their sums. Where the hardware has no tiles of
+bits (s8), a word becomes eight registers of four bytes, of all planes together; bit 8·i + s goes to byte i of register
+s, in both operands alike.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -30,7 +31,7 @@ from .base import barrier
 from .bilinear import Bilinear, Counts, of_signs
 from .gemm import Gemm, ImplicitGemm, Product, Tile
 from .popcount import MOST_ROWS, Popcounts
-from .warp_mma import WarpMma, choose, local, share, zeros
+from .warp_mma import WarpMma, choose, from_lane_across, local, share, zeros
 
 _ONES = 0xFFFFFFFF
 _EACH = 0x01010101
@@ -43,17 +44,16 @@ class BinaryMma(WarpMma):
         super().__init__(gemm, tile, gpu)
         self.form, self.bytes = form, gpu.product == "s8"
         self.counts = counts_of(form, gpu)
-        if self.bytes:
-            pairs, rows = {1: [(0, 0)]}, {}
-            columns = {1: [0]} if any(form.own_columns) else {}
-        else:
-            coefficients = self.counts.pairs
-            pairs = _by_coefficient({(i, j): c for i, row in enumerate(coefficients) for j, c in enumerate(row)})
-            rows = _by_coefficient(dict(enumerate(self.counts.rows)))
-            columns = _by_coefficient(dict(enumerate(self.counts.columns)))
-        #: Factor → the pairs of planes, the planes of windows and of weights that have it.
-        self.pairs, self.of_rows, self.of_columns = pairs, rows, columns
-        self.parts = len(pairs)
+        coefficients = ((1,),) if self.bytes else self.counts.pairs
+        #: Factor → the pairs of planes that have it.
+        self.pairs: dict[int, list[tuple[int, int]]] = {}
+        for i, j in itertools.product(range(len(coefficients)), range(len(coefficients[0]))):
+            if coefficients[i][j]:
+                self.pairs.setdefault(coefficients[i][j], []).append((i, j))
+        self.parts = len(self.pairs)
+        #: Factors of the popcounts of single planes. The offset of bytes is part of their products.
+        self.of_rows = (0,) * len(self.counts.rows) if self.bytes else self.counts.rows
+        self.of_columns = self.counts.columns
         # Of the popcounts each warp makes its share, for fragments that others of its row or column hold as well.
         self.row_share = -(-self.down // tile.warps_across)
         self.column_share = -(-self.across // tile.warps_down)
@@ -61,58 +61,56 @@ class BinaryMma(WarpMma):
     @property
     def own_words(self) -> int:
         """For popcounts of rows and columns."""
-        return self.tile.rows * bool(self.of_rows) + self.tile.columns * bool(self.of_columns)
+        return self.tile.rows * any(self.of_rows) + self.tile.columns * any(self.of_columns)
 
     @property
     def registers(self) -> int:
-        counts = 4 * (self.row_share * len(self.of_rows) + self.column_share * len(self.of_columns))
+        counts = 2 * self.row_share * any(self.of_rows) + self.column_share * any(self.of_columns)
         as_bytes = (self.down * 4 + self.across * 2) * self.bytes
         return super().registers + counts + as_bytes
 
     def _allocate(self) -> None:
-        if self.of_rows:
-            self.row_counts = zeros("row_counts", 4 * self.row_share * len(self.of_rows))
-        if self.of_columns:
-            self.column_counts = zeros("column_counts", 4 * self.column_share * len(self.of_columns))
+        if any(self.of_rows):
+            self.row_counts = zeros("row_counts", 2 * self.row_share)
+        if any(self.of_columns):
+            self.column_counts = zeros("column_counts", self.column_share)
         if self.bytes:
             self.a_bytes, self.b_bytes = local("a_bytes", self.down * 4), local("b_bytes", self.across * 2)
 
     # -- a step of the depth -----------------------------------------------------------------------------------------
 
     def _step(self) -> None:
+        self._count()
         if self.bytes:
             with T.unroll(0, 8) as s:
                 self._step_of_bytes(tirx.Cast("uint32", s))
             return
         kind = f"s32.b1.b1.s32.{self.counts.operation}.popc"
-        ones = [tirx.const(_ONES, "uint32")] * 4
-        for i in range(self.down):
+        for i, j in itertools.product(range(self.down), range(self.across)):
+            for part, pairs in enumerate(self.pairs.values()):
+                for p, q in pairs:
+                    self.mma(kind, self.sums, self._at(part, i, j), self.a_of(p, i), self.b_of(q, j))
+
+    def _count(self) -> None:
+        """Adds the popcounts of single planes: a lane's words are those of rows `quad` and `quad` + 8, or of a
+        column."""
+        tile = self.tile
+        if any(self.of_rows):
+            for i in range(self.down):
+                with share(self.warp_across, i % tile.warps_across, tile.warps_across):
+                    for half in range(2):
+                        words = [(c, self.a_of(p, i)[half::2]) for p, c in enumerate(self.of_rows)]
+                        _add_popcounts(self.row_counts, 2 * (i // tile.warps_across) + half, words)
+        if any(self.of_columns):
             for j in range(self.across):
-                for part, pairs in enumerate(self.pairs.values()):
-                    for p, q in pairs:
-                        self.mma(kind, self.sums, self._at(part, i, j), self.a_of(p, i), self.b_of(q, j))
-            with share(self.warp_across, i % self.tile.warps_across, self.tile.warps_across):
-                for part, planes in enumerate(self.of_rows.values()):
-                    at = 4 * (part * self.row_share + i // self.tile.warps_across)
-                    for p in planes:
-                        self._count(self.row_counts, at, self.a_of(p, i), ones[:2])
-        for j in range(self.across):
-            with share(self.warp_down, j % self.tile.warps_down, self.tile.warps_down):
-                for part, planes in enumerate(self.of_columns.values()):
-                    at = 4 * (part * self.column_share + j // self.tile.warps_down)
-                    for q in planes:
-                        self._count(self.column_counts, at, ones, self.b_of(q, j))
+                with share(self.warp_down, j % tile.warps_down, tile.warps_down):
+                    words = [(c, self.b_of(q, j)) for q, c in enumerate(self.of_columns)]
+                    _add_popcounts(self.column_counts, j // tile.warps_down, words)
 
     def _step_of_bytes(self, shift: Any) -> None:
         form, planes, kind = self.form, self.gemm.planes, "s32.s8.s8.s32"
         for j in range(self.across):
             words = [[self._spread(self.b_of(q, j)[n], shift) for q in range(planes[1])] for n in range(2)]
-            if self.of_columns:
-                own = share(self.warp_down, j % self.tile.warps_down, self.tile.warps_down)
-                with own:
-                    counted = [_bytes(word, form.own_columns, 0) for word in words]
-                    each = [tirx.const(_EACH, "uint32")] * 4
-                    self.mma(kind, self.column_counts, 4 * (j // self.tile.warps_down), each, counted)
             for n, word in enumerate(words):
                 T.buffer_store(self.b_bytes, _bytes(word, form.weights, form.offset), [2 * j + n])
         for i in range(self.down):
@@ -129,13 +127,6 @@ class BinaryMma(WarpMma):
         """Four bits of a word as bytes."""
         return T.bind((word >> shift) & tirx.const(_EACH, "uint32"))
 
-    def _count(self, sums: Any, at: int, a: list[Any], b: list[Any]) -> None:
-        """Popcounts by the one instruction there is: pc(a) = pc(a & 1) = pc(a xor 0)."""
-        if self.counts.operation == "xor":
-            zero = tirx.const(0, "uint32")
-            a, b = ([zero if isinstance(word, tirx.IntImm) else word for word in words] for words in (a, b))
-        self.mma(f"s32.b1.b1.s32.{self.counts.operation}.popc", sums, at, a, b)
-
     def _at(self, part: int, i: int, j: int) -> int:
         return 4 * ((part * self.down + i) * self.across + j)
 
@@ -147,36 +138,28 @@ class BinaryMma(WarpMma):
         tile = self.tile
         self.single = T.alloc_buffer((self.own_words,), "int32", scope="shared")
         IRBuilder.name("counts", self.single)
-        self.columns_from = tile.rows * bool(self.of_rows)
-        if self.of_rows:
-            for i in range(self.down):
-                own = share(self.warp_across, i % tile.warps_across, tile.warps_across)
-                with own, T.If(self.pair == 0), T.Then():
-                    for half in range(2):
-                        counts = [
-                            (c, self.row_counts[4 * (part * self.row_share + i // tile.warps_across) + 2 * half])
-                            for part, c in enumerate(self.of_rows)
-                        ]
-                        T.buffer_store(self.single, _weighted(counts), [self.place(i, half, 0)[0]])
-        if self.of_columns:
-            for j in range(self.across):
-                own = share(self.warp_down, j % tile.warps_down, tile.warps_down)
-                with own, T.If(self.quad == 0), T.Then():
-                    for n in range(2):
-                        counts = [
-                            (c, self.column_counts[4 * (part * self.column_share + j // tile.warps_down) + n])
-                            for part, c in enumerate(self.of_columns)
-                        ]
-                        at = self.columns_from + self.place(0, 0, j)[1] + n
-                        T.buffer_store(self.single, _weighted(counts), [at])
+        self.columns_from = tile.rows * any(self.of_rows)
+        if any(self.of_rows):
+            for own, half in itertools.product(range(self.row_share), range(2)):
+                total = _of_four_lanes(self.row_counts[2 * own + half])
+                i = own * tile.warps_across + self.warp_across
+                with T.If(tirx.all(self.pair == 0, i < self.down)), T.Then():
+                    T.buffer_store(self.single, total, [self.place(i, half, 0)[0]])
+        if any(self.of_columns):
+            for own in range(self.column_share):
+                total = _of_four_lanes(self.column_counts[own])
+                j = own * tile.warps_down + self.warp_down
+                with T.If(tirx.all(self.pair == 0, j < self.across)), T.Then():
+                    at = self.columns_from + self.place(0, 0, j)[1] - self.pair + self.quad
+                    T.buffer_store(self.single, total, [at])
         barrier()
 
     def _total(self, fragment: int, n: int, row: Any, column: Any) -> Any:
         size = self.down * self.across
         total = _weighted([(c, self.sums[4 * (part * size + fragment) + n]) for part, c in enumerate(self.pairs)])
-        if self.of_rows:
+        if any(self.of_rows):
             total = total + self.single[row]
-        if self.of_columns:
+        if any(self.of_columns):
             total = total + self.single[self.columns_from + column]
         return total >> self.counts.shift if self.counts.shift else total
 
@@ -188,12 +171,21 @@ def counts_of(form: Bilinear, gpu: Architecture) -> Counts:
     return min(counts, key=lambda c: c.popcounts)
 
 
-def _by_coefficient(coefficients: dict[Any, int]) -> dict[int, list[Any]]:
-    found: dict[int, list[Any]] = {}
-    for key, c in coefficients.items():
-        if c:
-            found.setdefault(c, []).append(key)
-    return found
+def _add_popcounts(counts: Any, at: int, words: Sequence[tuple[int, list[Any]]]) -> None:
+    """Adds factor · popcount of the words; sums modulo 2^32 are sums of int32."""
+    total = counts[at]
+    for c, of_plane in words:
+        for word in of_plane if c else ():
+            count = tirx.popcount(word)
+            total = total + (count if c == 1 else count * tirx.const(c & _ONES, "uint32"))
+    T.buffer_store(counts, total, [at])
+
+
+def _of_four_lanes(count: Any) -> Any:
+    """The int32 sum of the counts of lanes beside each other."""
+    for distance in (1, 2):
+        count = T.bind(count + from_lane_across(count, distance))
+    return tirx.reinterpret("int32", count)
 
 
 def _weighted(counts: Sequence[tuple[int, Any]]) -> Any:

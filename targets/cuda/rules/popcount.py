@@ -25,7 +25,7 @@ from .base import barrier
 from .bilinear import Bilinear
 from .copies import as_line
 from .gemm import Gemm, Product, Tile, pitch
-from .warp_mma import local, zeros
+from .warp_mma import from_lane_across, local, zeros
 
 #: Rows of a product that this is for.
 MOST_ROWS = 3
@@ -80,7 +80,7 @@ class Popcounts(Product):
         # Each lane's sums, of lanes further and further away.
         with T.unroll(0, tile.rows * self.channels) as i:
             for distance in (16, 8, 4, 2, 1):
-                T.buffer_store(sums, sums[i] + _across(sums[i], distance), [i])
+                T.buffer_store(sums, sums[i] + from_lane_across(sums[i], distance), [i])
         with T.If(lane == 0), T.Then():
             for r in range(tile.rows):
                 for c in range(self.channels):
@@ -111,11 +111,6 @@ class Popcounts(Product):
                 value = count if c == 1 else count * tirx.const(c & 0xFFFFFFFF, "uint32")
                 total = value if total is None else total + value
         return total
-
-
-def _across(value: Any, distance: int) -> Any:
-    """The value of the lane whose number differs by this bit."""
-    return T.cuda.__shfl_xor_sync(tirx.const(0xFFFFFFFF, "uint32"), value, distance, WARP)
 
 
 def _lanes(first: int, run: int) -> list[Any]:

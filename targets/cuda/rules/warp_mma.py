@@ -8,6 +8,7 @@ m16n8k256 and m16n8k32; those of the smaller instructions of sm_75, m8n8k128 and
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -35,6 +36,9 @@ _TILES = (
     Tile(32, 64, 2, 2, 0, 0),
     Tile(32, 32, 2, 2, 0, 0),
 )
+
+#: Words of the depth that shared memory holds at most of each row: more under way would not come sooner.
+_MOST_AHEAD = 96
 
 #: Registers that a thread has for sums and fragments: the rest of its 255 is for addresses and copies.
 _REGISTERS = 192
@@ -166,7 +170,7 @@ class WarpMma(Product):
     def pair(self) -> Any:
         return tirx.floormod(self.lane, 4) * 2
 
-    def place(self, i: int, half: int, j: int) -> tuple[Any, Any]:
+    def place(self, i: Any, half: int, j: Any) -> tuple[Any, Any]:
         """Row and first column of a fragment's half, in the tile."""
         row = self.warp_down * (self.down * ROWS) + i * ROWS + half * 8 + self.quad
         return row, self.warp_across * (self.across * COLUMNS) + j * COLUMNS + self.pair
@@ -201,6 +205,11 @@ def zeros(name: str, count: int) -> Any:
     return buffer
 
 
+def from_lane_across(value: Any, distance: int) -> Any:
+    """The value of the lane whose number differs by this bit."""
+    return T.cuda.__shfl_xor_sync(tirx.const(0xFFFFFFFF, "uint32"), value, distance, WARP)
+
+
 def share(warp: Any, own: int, warps: int) -> guarded:
     """What one warp of several does."""
     return guarded(warp == own, warps > 1)
@@ -217,9 +226,17 @@ def choose(gemm: Gemm, gpu: Architecture, make: Callable[[Tile], WarpMma]) -> Wa
 def _staged(gemm: Gemm, tile: Tile, gpu: Architecture, make: Callable[[Tile], WarpMma]) -> Tile | None:
     """The tile with as deep and as many steps as leave room for a second block on a multiprocessor."""
     whole = WORDS * math.ceil(gemm.total_depth / WORDS)
-    for depth, stages in ((32, 3), (32, 2), (16, 4), (16, 3), (16, 2), (8, 2)):
-        depth = whole if whole <= depth + WORDS else depth
+
+    def cost(depth: int) -> int:
+        """Words that are multiplied, the rest of the last step included; barrier and addresses cost about as much as
+        half an instruction's."""
+        return math.ceil(whole / depth) * (depth + WORDS // 2)
+
+    for depth, stages in itertools.product(sorted((40, 32, 24, 16, 8), key=cost), (4, 3, 2)):
+        depth = min(depth, whole)
         stages = min(stages, math.ceil(whole / depth)) if gpu.async_copies else 2
+        if depth * stages > _MOST_AHEAD:
+            continue
         staged = replace(tile, depth=depth, stages=stages)
         product = make(staged)
         words = max(product.shared_words, tile.rows * pitch(tile)) + product.own_words
