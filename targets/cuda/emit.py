@@ -19,6 +19,7 @@ import tvm_ffi
 from tvm import s_tir, tirx
 from tvm.ir import Call, Op
 from tvm.s_tir.pipeline import default_s_tir_pipeline
+from tvm.s_tir.stmt import SBlockRealize
 from tvm.target import Target
 from tvm.tirx.build import split_host_device_mods
 
@@ -28,6 +29,7 @@ from bnncc.targets.launch import DeviceCode, Launch
 from .descriptor import CudaSpec
 from .lowering import PlainFunctions, Roundings
 from .rules import rules_for
+from .rules.base import BLOCKS_PER_SM
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +121,10 @@ def _schedule_one(name: str, func: tirx.PrimFunc, rules: list[Any]) -> list[tirx
 def lower(scheduled: Scheduled, target: CudaSpec) -> Lowered:
     """CUDA C and launches of a scheduled module."""
     machine = Target(target.tvm())
-    pipeline, _, _ = default_s_tir_pipeline()
     with machine, tvm.transform.PassContext(config=_CONFIG):
-        mod = pipeline(tirx.transform.BindTarget(machine)(scheduled.mod))
-        host, devices = split_host_device_mods(mod)
+        host, devices = split_host_device_mods(_through_pipeline(scheduled.mod, machine))
         ((cuda, device),) = devices.items()
+        device = _with_bounds(device, scheduled.mod)
         device = tvm.transform.Sequential(
             [
                 tirx.transform.LowerWarpMemory(),
@@ -149,6 +150,34 @@ def lower(scheduled: Scheduled, target: CudaSpec) -> Lowered:
             launches += _host_calls(hosts[piece], scheduled.params[kernel], axes, buffers)
         calls[kernel], scratch[kernel] = tuple(launches), buffers
     return Lowered(str(module.inspect_source()), calls, scratch)
+
+
+def _through_pipeline(mod: tvm.IRModule, machine: Target) -> tvm.IRModule:
+    """TVM's lowering. Kernels that rules write out have no blocks, and their buffers are as small as they can be; to
+    make sure of that would take TVM three quarters of its time."""
+    pipeline, _, _ = default_s_tir_pipeline()
+    written = {gvar: func for gvar, func in mod.functions.items() if not isinstance(func.body, SBlockRealize)}
+    scheduled = {gvar: func for gvar, func in mod.functions.items() if gvar not in written}
+    result = tvm.IRModule({})
+    for functions, skipped in ((written, ["s_tir.CompactBufferAllocation"]), (scheduled, [])):
+        if functions:
+            with tvm.transform.PassContext(config=_CONFIG, disabled_pass=skipped):
+                result.update(pipeline(tirx.transform.BindTarget(machine)(tvm.IRModule(functions))))
+    return result
+
+
+def _with_bounds(device: tvm.IRModule, scheduled: tvm.IRModule) -> tvm.IRModule:
+    """Kernels with the bound on their registers that their schedule asks for, which splitting them off loses."""
+    bounds = {
+        f"{gvar.name_hint}_kernel": int(func.attrs[BLOCKS_PER_SM])
+        for gvar, func in scheduled.functions.items()
+        if BLOCKS_PER_SM in func.attrs
+    }
+    functions = {
+        gvar: func.with_attr(BLOCKS_PER_SM, bounds[gvar.name_hint]) if gvar.name_hint in bounds else func
+        for gvar, func in device.functions.items()
+    }
+    return tvm.IRModule(functions)
 
 
 def _parameter_names(func: tirx.PrimFunc) -> tuple[str, ...]:
