@@ -114,27 +114,68 @@ class Graph:
 
 
 def _stage(block: Any) -> Stage:
-    store = block.body
+    store, name = block.body, block.name_hint
     if not isinstance(store, tirx.BufferStore) or getattr(store, "predicate", None) is not None:
-        raise Declined(f"{block.name_hint} is more than one store")
-    axes = tuple((iv.var, int(iv.dom.extent)) for iv in block.iter_vars if iv.iter_type == SPATIAL)
-    reduced = tuple((iv.var, int(iv.dom.extent)) for iv in block.iter_vars if iv.iter_type != SPATIAL)
+        raise Declined(f"{name} is more than one store")
     if any(int(iv.dom.min) != 0 for iv in block.iter_vars):
-        raise Declined(f"the axes of {block.name_hint} do not begin at 0")
-    shape = shape_of(store.buffer)
-    whole = len(shape) == len(axes) and all(
-        extent == size and (index.same_as(var) or extent == 1)
-        for index, (var, extent), size in zip(store.indices, axes, shape, strict=True)
-    )
-    if not whole and not (math.prod(shape) == 1 and not axes):
-        raise Declined(f"{block.name_hint} does not write its axes in order")
-    role = str(block.annotations[ROLE]) if ROLE in block.annotations else ""
-    if not whole:
-        axes = tuple((tirx.Var(f"unit{i}", "int32"), 1) for i in range(len(shape)))
-    init = block.init.value if block.init is not None else None
+        raise Declined(f"the axes of {name} do not begin at 0")
+    spatial = [(iv.var, int(iv.dom.extent)) for iv in block.iter_vars if iv.iter_type == SPATIAL]
+    reduced = [(iv.var, int(iv.dom.extent)) for iv in block.iter_vars if iv.iter_type != SPATIAL]
+    value, init = store.value, block.init.value if block.init is not None else None
     if (init is None) != (not reduced):
-        raise Declined(f"{block.name_hint} reduces without a first value")
-    return Stage(store.buffer, role, axes, reduced, init, store.value)
+        raise Declined(f"{name} reduces without a first value")
+    shape = shape_of(store.buffer)
+    if math.prod(shape) == 1 and all(extent == 1 for _, extent in spatial):  # perhaps of no dimension
+        value = substitute(value, {var: tirx.const(0, var.ty.dtype) for var, _ in spatial})
+        spatial = [(tirx.Var(f"unit{i}", "int32"), 1) for i in range(len(shape))]
+    elif len(shape) != len(spatial) or not all(
+        extent == size and (index.same_as(var) or extent == 1)
+        for index, (var, extent), size in zip(store.indices, spatial, shape, strict=True)
+    ):
+        raise Declined(f"{name} does not write its axes in order")
+    narrow = {var: tirx.Var(str(var.name), "int32") for var, _ in (*spatial, *reduced) if str(var.ty.dtype) == "int64"}
+    if narrow:
+        value = _narrowed(value, narrow)
+        spatial, reduced = ([(narrow.get(var, var), e) for var, e in axes] for axes in (spatial, reduced))
+    role = str(block.annotations[ROLE]) if ROLE in block.annotations else ""
+    return Stage(store.buffer, role, tuple(spatial), tuple(reduced), init, value)
+
+
+_COMPARISONS = (tirx.EQ, tirx.NE, tirx.LT, tirx.LE, tirx.GT, tirx.GE)
+
+
+def _narrowed(value: Any, names: Mapping[Any, Any]) -> Any:
+    """The expression with axes, indices and their comparisons in 32 bits instead of 64, which TVM's own operators have.
+
+    Axes among the values stay what they are.
+    """
+
+    def load(node: Any, mutator: Any) -> Any:
+        return node.source[tuple(_index(index, names, mutator) for index in node.indices)]
+
+    def compare(node: Any, mutator: Any) -> Any:
+        if str(node.a.ty.dtype) != "int64" or any(True for side in (node.a, node.b) for _ in loads(side)):
+            return mutator.default_mutate(node)
+        return type(node)(*(_index(side, names, mutator) for side in (node.a, node.b)))
+
+    def axis(node: Any, _: Any) -> Any:
+        return tirx.Cast("int64", names[node]) if node in names else node
+
+    callbacks = [(ir.TensorLoad, load), *((kind, compare) for kind in _COMPARISONS), (tirx.Var, axis)]
+    return rewrite(value, *callbacks)
+
+
+def _index(e: Any, names: Mapping[Any, Any], mutator: Any) -> Any:
+    """An index in 32 bits."""
+    if str(e.ty.dtype) != "int64":
+        return mutator.mutate(e)
+    if isinstance(e, tirx.IntImm):
+        return tirx.const(int(e.value), "int32")
+    if isinstance(e, tirx.Var):
+        return names.get(e, e)
+    if isinstance(e, (tirx.Add, tirx.Sub, tirx.Mul, tirx.FloorDiv, tirx.FloorMod, tirx.Min, tirx.Max)):
+        return type(e)(_index(e.a, names, mutator), _index(e.b, names, mutator))
+    return tirx.Cast("int32", mutator.mutate(e))
 
 
 def shape_of(buffer: Any) -> tuple[int, ...]:
