@@ -8,11 +8,19 @@ from bnncc.targets.cuda.descriptor import CudaSpec
 from .base import Rule
 from .binary_mma import BinaryConv
 from .byte_mma import ByteConv
+from .float_conv import FloatConv, FloatDense
 from .nests import Elements, LoopNests
 from .pack import Ballots
+from .permute import Permute
 from .plane_mma import PlaneConv
+from .reduction import Means
+from .softmax import Softmax
 
 
 def rules_for(target: CudaSpec) -> list[Rule]:
     """The rules of a target in the order they are tried: the more special first."""
-    return [rule(target) for rule in (BinaryConv, PlaneConv, ByteConv, Ballots, Elements, LoopNests)]
+    families = (
+        *(BinaryConv, PlaneConv, ByteConv, FloatConv, FloatDense),
+        *(Softmax, Permute, Means, Ballots, Elements, LoopNests),
+    )
+    return [rule(target) for rule in families]

@@ -17,6 +17,10 @@ from bnncc.targets.rules.base import extent
 #: The operator of a value that is computed only where a condition holds.
 IF_THEN_ELSE = Op.get("prim.if_then_else")
 
+#: Attribute of a scheduled function: blocks of its kernel that a multiprocessor is to hold at once, at least. The
+#: compiler of CUDA C keeps to the registers that this leaves.
+BLOCKS_PER_SM = "tirx.launch_bounds_min_blocks_per_sm"
+
 #: Threads of a block where nothing asks for another number.
 THREADS = 256
 

@@ -8,7 +8,7 @@ once lie in different banks. Where there is ``cp.async``, several steps are unde
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tvm import tirx
@@ -39,15 +39,14 @@ class Copies:
         """Of shared memory."""
         return self.tile.stages * self.stage_words
 
-    def run(
-        self, shared: Any, thread: Any, row: Any, column: Any, group: Any, multiply: Callable[[Any], None]
-    ) -> None:
+    def run(self, shared: Any, thread: Any, row: Any, column: Any, group: Any, multiply: Callable[[Any], None]) -> None:
         """Writes the loop over the depth; `multiply` writes what is done with the step whose words begin at its
         argument."""
         self.shared, self.thread, self.row, self.column, self.group = shared, thread, row, column, group
         self.base = T.bind(T.cuda.cvta_generic_to_shared(shared.data))
         self.windows = as_line(self.gemm.x)
         self.weights = as_line(self.gemm.w)
+        self._prepare()
         if self.asynchronous:
             self._pipelined(multiply)
         else:
@@ -86,55 +85,73 @@ class Copies:
 
     # -- the words of a step -----------------------------------------------------------------------------------------
 
-    def _runs(self, rows: int) -> int:
-        """Runs that a thread copies of a matrix with so many rows."""
-        return math.ceil(rows * self.tile.depth / self.run_words / self.tile.threads)
+    # A thread copies a run of every so many-th row, always that of the same place in the step: what a step changes is
+    # one place in the window for all of its runs. Rows and columns beyond the last copy the last one again: nobody
+    # looks at their sums.
+
+    @property
+    def _runs(self) -> int:
+        """Runs of a row in a step."""
+        return self.tile.depth // self.run_words
+
+    @property
+    def _rows_at_once(self) -> int:
+        return self.tile.threads // self._runs
 
     @property
     def _registers(self) -> int:
-        return (self._runs(self.window_rows) + self._runs(self.weight_rows)) * self.run_words
+        passes = (math.ceil(rows / self._rows_at_once) for rows in (self.window_rows, self.weight_rows))
+        return sum(passes) * self.run_words
+
+    def _prepare(self) -> None:
+        """Computes what no step changes."""
+        gemm, tile, zero = self.gemm, self.tile, tirx.const(0)
+        self.k = T.bind(tirx.floormod(self.thread, self._runs) * self.run_words)
+        self.r = T.bind(tirx.floordiv(self.thread, self._runs))
+        self.own_windows: list[tuple[Any, tuple[Any, ...]]] = []  # the window's first word, pixel
+        for r, plane in self._rows(self.window_rows, tile.rows):
+            row = tirx.min(self.row + r, gemm.rows - 1) if gemm.rows % tile.rows else self.row + r
+            pixel = tuple(T.bind(at) for at in gemm.pixel(row))
+            first = gemm.place(pixel, (zero, zero, zero), self.group, plane)
+            self.own_windows.append((T.bind(first), pixel))
+        self.own_weights: list[Any] = []
+        for r, plane in self._rows(self.weight_rows, tile.columns):
+            column = tirx.min(self.column + r, gemm.columns - 1) if gemm.columns % tile.columns else self.column + r
+            self.own_weights.append(T.bind(gemm.weight(self.group * gemm.columns + column, zero, plane)))
+
+    def _rows(self, rows: int, of_plane: int) -> Iterator[tuple[Any, Any]]:
+        """This thread's rows of a matrix: the row within its plane, and the plane."""
+        for first in range(0, rows, self._rows_at_once):
+            r = self.r + first
+            yield (r, 0) if rows == of_plane else (tirx.floormod(r, of_plane), tirx.floordiv(r, of_plane))
 
     def _copy(self, step: Any, base: Any, one: Callable[..., None]) -> None:
         """Has `one` copy every run of the step that is this thread's; base: where the step lies in shared memory."""
-        tile, gemm = self.tile, self.gemm
-
-        def window(r: Any, at: Any) -> tuple[Any, Any]:
-            plane, r = (0, r) if gemm.planes[0] == 1 else (tirx.floordiv(r, tile.rows), tirx.floormod(r, tile.rows))
-            where, inside = gemm.source(self.row + r, self.group, at, plane)
-            inside = tirx.const(True, "bool") if inside is None else inside
-            if gemm.rows % tile.rows:
-                inside = tirx.all(inside, self.row + r < gemm.rows)
-            return where, inside
-
-        def weight(r: Any, at: Any) -> tuple[Any, Any]:
-            plane = 0
-            if gemm.planes[1] > 1:
-                plane, r = tirx.floordiv(r, tile.columns), tirx.floormod(r, tile.columns)
-            channel = self.group * gemm.columns + self.column + r
-            inside: Any = tirx.const(True, "bool")
-            if gemm.columns % tile.columns:
-                inside = self.column + r < gemm.columns
-            return gemm.weight(channel, at, plane), inside
-
-        self._matrix(self.window_rows, step, base, window, self.windows, 0, one)
-        first = self._runs(self.window_rows) * self.run_words
-        self._matrix(self.weight_rows, step, base + self.window_rows * self.pitch, weight, self.weights, first, one)
-
-    def _matrix(
-        self, rows: int, step: Any, base: Any, source: Callable[..., tuple[Any, Any]], line: Any, first: int, one: Any
-    ) -> None:
-        tile, runs = self.tile, self.tile.depth // self.run_words
-        for number in range(self._runs(rows)):
-            run = number * tile.threads + self.thread
-            r, k = tirx.floordiv(run, runs), tirx.floormod(run, runs) * self.run_words
-            at = step * tile.depth + k
-            where, inside = source(r, at)
-            if self.gemm.total_depth % tile.depth:
-                inside = tirx.all(inside, at < self.gemm.total_depth)
-            inside = T.bind(inside)
-            where = T.bind(tirx.Select(inside, where, tirx.const(0)))
-            with guarded(run < rows * runs, rows * runs % tile.threads != 0):
-                one(base + r * self.pitch + k, line, where, inside, first + number * self.run_words)
+        gemm, depth, zero = self.gemm, self.tile.depth, tirx.const(0)
+        at = T.bind(step * depth + self.k)
+        place = tuple(T.bind(index) for index in gemm.step(at))
+        nowhere = (zero, zero, zero)
+        further = T.bind(gemm.place(nowhere, place) - gemm.place(nowhere, nowhere))
+        ends = gemm.total_depth % depth != 0
+        within = T.bind(at < gemm.total_depth) if ends else tirx.const(True, "bool")
+        to = T.bind(base + self.r * self.pitch + self.k)
+        runs: list[tuple[Any, Any, Any, Any, int]] = []  # row, memory, place, condition, rows of the matrix
+        for number, (first, pixel) in enumerate(self.own_windows):
+            image = gemm.inside(pixel, place)
+            inside = within if image is None else tirx.all(within, image) if ends else image
+            runs.append((number * self._rows_at_once, self.windows, first + further, inside, self.window_rows))
+        further = T.bind(gemm.weight(zero, at))
+        for number, first in enumerate(self.own_weights):
+            runs.append((number * self._rows_at_once, self.weights, first + further, within, self.weight_rows))
+        register = 0
+        for r, line, where, inside, rows in runs:
+            idle = self.tile.threads % self._runs != 0
+            last = r + self._rows_at_once > rows
+            limit = min(self._rows_at_once, rows - r)
+            start = to + r * self.pitch + (self.window_rows * self.pitch if line is self.weights else 0)
+            with guarded(self.r < limit, idle or last):
+                one(start, line, T.bind(where), T.bind(inside), register)
+            register += self.run_words
 
     def address(self, word: Any) -> Any:
         """The address of a word in the window of shared memory, as instructions take it."""
@@ -153,7 +170,8 @@ class Copies:
 
     def _from_registers(self, to: Any, line: Any, where: Any, inside: Any, register: int) -> None:
         for word in range(self.run_words):
-            T.buffer_store(self.shared, tirx.reinterpret("int32", self.ahead[register + word]), [to + word])
+            value = tirx.reinterpret(str(self.shared.dtype), self.ahead[register + word])
+            T.buffer_store(self.shared, value, [to + word])
 
 
 def as_line(buffer: Any) -> Any:

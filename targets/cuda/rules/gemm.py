@@ -12,6 +12,7 @@ Where it is more than that, the sums go to memory, and `LoopNests` does the rest
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from tvm.script.ir_builder import tirx as T
 
 from bnncc.targets.rules.base import REDUCED, Stages
 
-from .base import IF_THEN_ELSE, Rule
+from .base import BLOCKS_PER_SM, IF_THEN_ELSE, Rule
 from .epilogue import Epilogue
 from .nests import LoopNests
 from .split import split
@@ -138,19 +139,28 @@ class Gemm:
     def source(self, row: Any, group: Any, at: Any, plane: Any = 0) -> tuple[Any, Any]:
         """Where in `x` the matrix of windows has its word or value, and whether it has one (None: always); at other
         places it is 0."""
-        zero = tirx.const(0)
-        places = (*self.pixel(row), group, zero, zero, *self.step(at))
-        values = {axis: place for axis, place in zip(self.axes, places, strict=True) if axis is not None}
-        values |= dict.fromkeys(self.inner, zero)
+        pixel, step = self.pixel(row), self.step(at)
+        return self.place(pixel, step, group, plane), self.inside(pixel, step)
+
+    def place(self, pixel: Sequence[Any], step: Sequence[Any], group: Any = 0, plane: Any = 0) -> Any:
+        """Where in `x` a pixel's window has its word or value (ky, kx, k). It is linear in all of them."""
+        values = self._axes_at(pixel, step, group)
         indices = [substitute(index, values) for index in self.x_indices]
         if len(indices) == 5:
             indices[3] = plane
-        where = tirx.floordiv(flat(self.x, indices), self.values)
-        inside = None
-        for guard in self.guards:
-            condition = substitute(guard, values)
-            inside = condition if inside is None else tirx.all(inside, condition)
-        return where, inside
+        return tirx.floordiv(flat(self.x, indices), self.values)
+
+    def inside(self, pixel: Sequence[Any], step: Sequence[Any]) -> Any:
+        """Whether that is a place of `x` and not of the padding around it; None: always."""
+        values = self._axes_at(pixel, step, 0)
+        conditions = [substitute(guard, values) for guard in self.guards]
+        return functools.reduce(tirx.all, conditions) if conditions else None
+
+    def _axes_at(self, pixel: Sequence[Any], step: Sequence[Any], group: Any) -> dict[Any, Any]:
+        zero = tirx.const(0)
+        places = (*pixel, group, zero, zero, *step)
+        values = {axis: place for axis, place in zip(self.axes, places, strict=True) if axis is not None}
+        return values | dict.fromkeys(self.inner, zero)
 
     def weight(self, channel: Any, at: Any, plane: Any = 0) -> Any:
         """Where in `w` the word or value of an output channel, counted through all groups, lies."""
@@ -180,8 +190,16 @@ def _guards_of(term: Any, x: Any) -> list[Any]:
 class Product:
     """How a kernel copies and multiplies. It writes its loops with TVM's IR builder, in place of where it is called."""
 
+    #: Of the words of shared memory.
+    dtype: ClassVar[str] = "int32"
+
     def __init__(self, gemm: Gemm, tile: Tile) -> None:
         self.gemm, self.tile = gemm, tile
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """Blocks that a multiprocessor is to hold at once, whatever registers that leaves; 0: as it comes out."""
+        return 0
 
     @property
     def shared_words(self) -> int:
@@ -191,7 +209,7 @@ class Product:
     def run(self, shared: Any, thread: Any, row: Any, column: Any, group: Any) -> Callable[[Any, Any], Any]:
         """Writes the loops that compute a tile's sums, and puts them into shared memory.
 
-        shared: int32 words; rows of `pitch` words are the tile's sums when this returns, synchronised.
+        shared: words of `dtype`; rows of `pitch` words are the tile's sums when this returns, synchronised.
         row, column: of the tile's first element; group: of its columns.
         Returns a function that gives the sum at (row in the tile, column in the tile) of the type of the anchor's.
         """
@@ -234,7 +252,8 @@ class ImplicitGemm(Rule):
             alone, rest = split(func, gemm.sums)
             pieces = [self(alone), LoopNests(self.target)(rest)]
             return [f for piece in pieces for f in (piece if isinstance(piece, list) else [piece])]
-        return [func.with_body(_kernel(gemm, product, epilogue))]
+        kernel = func.with_body(_kernel(gemm, product, epilogue))
+        return [kernel.with_attr(BLOCKS_PER_SM, product.blocks_per_sm) if product.blocks_per_sm else kernel]
 
 
 def _kernel(gemm: Gemm, product: Product, epilogue: Epilogue) -> Any:
@@ -249,8 +268,9 @@ def _kernel(gemm: Gemm, product: Product, epilogue: Epilogue) -> Any:
                 T.launch_thread("threadIdx.x", tile.threads) as thread,
             ):
                 words = max(product.shared_words, tile.rows * pitch(tile))
-                shared = T.alloc_buffer((words,), "int32", scope="shared.dyn")
-                IRBuilder.name("shared", shared)
+                shared = T.alloc_buffer((words,), product.dtype, scope="shared.dyn")
+                # Kernels of a module declare what has one name with one type.
+                IRBuilder.name(f"shared_{product.dtype}", shared)
                 # Tiles of the same pixels are neighbours in time, for the sake of the second-level cache.
                 row = tirx.floordiv(block, across * gemm.groups) * tile.rows
                 column = tirx.floormod(block, across) * tile.columns
