@@ -1,5 +1,5 @@
 # Every target works from a bare clone; what is needed is Python 3.10 or newer (3.11 is what CI uses), make and a C library.
-.PHONY: install demo test lint format conformance docs bench clean
+.PHONY: install demo test lint format conformance docs bench gpu-build gpu-sanitize clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -47,6 +47,20 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
+
+# Everything that a machine with a GPU needs to test and to measure (docs/benchmarks.md), compiled on any machine.
+GPU_TARGET ?= cuda-sm_90
+GPU_ARTIFACTS ?= build/gpu
+
+gpu-build: $(STAMP)
+	$(BIN)/python -m benchmarks.cuda build $(GPU_ARTIFACTS) --target $(GPU_TARGET)
+
+# On the machine with the GPU, with its own Python: NumPy, pytest, and CUDA's compute-sanitizer.
+gpu-sanitize:
+	for tool in memcheck racecheck; do \
+	    compute-sanitizer --tool $$tool --target-processes all --error-exitcode 1 \
+	        $(PYTHON) -m pytest -q tests/gpu -k demo_network --artifacts $(GPU_ARTIFACTS) || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

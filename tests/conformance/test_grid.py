@@ -42,7 +42,8 @@ class _Convolution(nn.Module):
         return self.reader(self.norm(F.relu(x) if point.activation == "relu" else x))
 
 
-def _case(point: Point) -> Case:
+def case(point: Point) -> Case:
+    """A point as a network of one convolution. `benchmarks.cuda_build` takes them, too."""
     generator = torch.Generator().manual_seed(zlib.crc32(repr(point).encode()))
     n, h, w, c = point.shape
     return Case(repr(point), _Convolution(point, generator), awkward((n, c, h, w), generator))
@@ -58,7 +59,7 @@ _PAIRWISE = {
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("points", _PAIRWISE.values(), ids=_PAIRWISE.keys())
 def test_every_pair_of_values(points, target, tmp_path):
-    check([_case(point) for point in points], target, tmp_path)
+    check([case(point) for point in points], target, tmp_path)
 
 
 # One point of 8, so that all kinds of kernels run; `make conformance` runs all of them.
@@ -67,7 +68,7 @@ _SPARSE = [point for grid in GRIDS.values() for point in pairwise(grid)][::8]
 
 @pytest.mark.qemu
 def test_some_points_on_32_bit_arm(tmp_path):
-    check([_case(point) for point in _SPARSE], "rpi2", tmp_path)
+    check([case(point) for point in _SPARSE], "rpi2", tmp_path)
 
 
 _SEED, _COUNT = int(os.environ.get("SEED", "0")), int(os.environ.get("POINTS", "3000"))
@@ -79,4 +80,4 @@ _DRAWN = [_POINTS[first : first + _MODULE] for first in range(0, _COUNT, _MODULE
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("points", _DRAWN, ids=[f"seed{_SEED}-{index}" for index in range(len(_DRAWN))])
 def test_random_points(points, target, tmp_path):
-    check([_case(point) for point in points], target, tmp_path)
+    check([case(point) for point in points], target, tmp_path)

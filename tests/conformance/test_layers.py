@@ -282,7 +282,8 @@ def _chain(
     return _Chain(channels, kernel, padding, groups, between, generator), x
 
 
-_GRIDS = {
+#: Name → cases. On machines with a GPU, `benchmarks.cuda_build` takes them, too.
+GRIDS = {
     "packing": _cases(_PACKING, _packing),
     "pooling": _cases(_POOLING, _pooling, _pools),
     "volumes": _cases(_VOLUMES, _volume),
@@ -294,9 +295,9 @@ _GRIDS = {
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("grid", _GRIDS)
+@pytest.mark.parametrize("grid", GRIDS)
 def test_equal_to_eager(grid, target, tmp_path):
-    check(_GRIDS[grid], target, tmp_path)
+    check(GRIDS[grid], target, tmp_path)
 
 
 class _Slices(nn.Module):

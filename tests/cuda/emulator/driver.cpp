@@ -34,7 +34,10 @@ struct Lock {
   ~Lock() { pthread_mutex_unlock(&mutex); }
 };
 
-int device_count() { return int(option("devices", 1)); }
+int device_count() {
+  const char* visible = getenv("CUDA_VISIBLE_DEVICES");
+  return visible && !*visible ? 0 : int(option("devices", 1));
+}
 CUcontext context_of(int device) { return reinterpret_cast<CUcontext>(&primary_users[device]); }
 CUresult initialised() { return initialised_by == getpid() ? 0 : kNotInitialized; }
 CUresult in_context() {

@@ -1,0 +1,101 @@
+"""What was built for the GPU, and the same networks on the CPU beside it, as what the GPU is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.cuda_inputs import awkward
+from bnncc.runtime.errors import BnnccError
+from bnncc.runtime.session import Session
+from bnncc.runtime.values import StoredValue
+
+
+@dataclass(frozen=True)
+class Built:
+    """The unpacked files, and the index that `benchmarks.cuda_build` describes."""
+
+    files: Path
+    index: dict[str, Any]
+
+    def section(self, *keys: str) -> Any:
+        """A part of the index; the test is skipped where only other parts were built."""
+        entry: Any = self.index
+        for key in keys:
+            if key not in entry:
+                pytest.skip(f"{'/'.join(keys)} was not built: leave out --only")
+            entry = entry[key]
+        return entry
+
+    def path(self, name: str) -> Path:
+        return self.files / name
+
+    def expected(self, entry: dict[str, Any]) -> list[np.ndarray]:
+        """What eager PyTorch computed of `inputs`."""
+        with np.load(self.path(entry["expected"])) as arrays:
+            return [arrays[f"arr_{i}"] for i in range(len(arrays.files))]
+
+    def inputs(self, entry: dict[str, Any]) -> list[np.ndarray]:
+        return [awkward(shape, seed) for seed, shape in enumerate(entry["shapes"])]
+
+
+def as_tuple(outputs: Any) -> tuple[np.ndarray, ...]:
+    """What a session returns, for one output as for several."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+class OnTheCpu:
+    """The reference of a parity check (`bnncc.runtime.parity.Reference`): the artifact of the same network for a CPU,
+    which tests elsewhere hold to eager PyTorch. It takes one sample at a time, whatever the GPU's batch."""
+
+    def __init__(self, path: Path) -> None:
+        self.session = Session(path)
+        tensors = self.session.version["tensors"]
+        self._stored = {value.id: value for value in map(StoredValue.of, tensors) if value is not None}
+
+    def __enter__(self) -> OnTheCpu:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.session.close()
+
+    def outputs(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        samples = [as_tuple(self.session(*sample)) for sample in _samples(inputs)]
+        return [np.concatenate(parts) for parts in zip(*samples, strict=True)]
+
+    def values(self, inputs: Sequence[np.ndarray], nodes: set[str]) -> dict[str, np.ndarray]:
+        samples = [self._values(sample) for sample in _samples(inputs)]
+        if lacking := nodes - samples[0].keys():
+            raise BnnccError(f"the CPU's artifact has no values {', '.join(sorted(lacking))}")
+        return {node: np.concatenate([sample[node] for sample in samples]) for node in nodes}
+
+    def _values(self, sample: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        """Every value of the network, read as soon as a step has made it, or just before a step reads it: a reshape is
+        another tensor of the same memory, which no step makes."""
+        version = self.session.version
+        for tensor, array in zip(version["inputs"], sample, strict=True):
+            self.session.write(tensor, array)
+        found: dict[str, np.ndarray] = {}
+        for index, step in enumerate(version["steps"]):
+            made = len(step["args"]) - step["outputs"]
+            self._read(step["args"][:made], found)
+            self.session.run_steps(index, 1)
+            self._read(step["args"][made:], found)
+        self._read(version["outputs"], found)
+        return found
+
+    def _read(self, tensors: Sequence[int], found: dict[str, np.ndarray]) -> None:
+        for id_ in tensors:
+            value = self._stored.get(id_)
+            if value is not None and value.node not in found:
+                decoded = value.decode(self.session.read(id_))
+                found[value.node] = decoded if value.order is None else decoded.transpose(np.argsort(value.order))
+
+
+def _samples(inputs: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+    return [[array[i : i + 1] for array in inputs] for i in range(len(inputs[0]))]
