@@ -218,6 +218,26 @@ def run(artifact: Path, inputs: tuple[Path, ...], output: Path | None, threads: 
 
 
 @bnncc.command(
+    short_help="Times an artifact.",
+    epilog=_epilog(
+        "bnncc bench model.so", "bnncc bench model.so --threads 1 --runs 1000", "bnncc bench gpu.so --device cuda:1"
+    ),
+)
+@click.argument("artifact", type=_FILE)
+@click.option("--runs", type=click.IntRange(min=1), default=100, show_default=True, help="How many runs to time.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads to use. [default: all cores]")
+@_device_option
+def bench(artifact: Path, runs: int, threads: int | None, device: str) -> None:
+    """Times runs of ARTIFACT, a .so, on random inputs; on a GPU with the copies from and to the host."""
+    with open_device(artifact, device, threads) as opened:
+        seconds = sorted(opened.bench(runs))
+    median, fastest, slowest = (1e3 * seconds[at] for at in (len(seconds) // 2, 0, -1))
+    click.echo(f"median {median:.3f} ms, fastest {fastest:.3f} ms, slowest {slowest:.3f} ms of {runs} runs")
+    if device == "qemu":
+        click.echo("under qemu: this says nothing about the machine it emulates")
+
+
+@bnncc.command(
     short_help="Compares an artifact with the model it was compiled from.",
     epilog=_epilog(
         "bnncc validate model.so --reference model.pt2 --data test.npz",

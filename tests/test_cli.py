@@ -1,6 +1,7 @@
 """The command line: what it prints, what it writes, and one clear line for every mistake."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -112,6 +113,12 @@ def test_run_writes_an_npy_file(folder, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), np.load(folder / "expected.npy"), rtol=1e-5, atol=1e-5)
 
 
+def test_bench_says_how_long_runs_take(capsys):
+    assert run(["bench", "model.so", "--runs", "3", "--threads", "1"]) == 0
+    out, _ = lines(capsys)
+    assert re.fullmatch(r"median [\d.]+ ms, fastest [\d.]+ ms, slowest [\d.]+ ms of 3 runs", out.strip())
+
+
 def test_validate_says_equal(tmp_path, capsys):
     report = tmp_path / "report.json"
     arguments = ["validate", "model.so", "--reference", "model.pt2", "--data", "data.npz", "--report", str(report)]
@@ -188,7 +195,10 @@ COMPILE = ["compile", "cli_nets:net", "--input-shape", SHAPE, "-o", "new.so"]
         (["run", "model.so", "--input", "wrong.npy"], "has shape (2, 8, 6, 5)"),
         (["run", "model.so", "--input", "empty.npy"], "is empty and has shape (0, 8, 6, 5)"),
         (["run", "model.so", "--input", "double.npy"], "has dtype float64"),
-        (["run", "model.so", "--input", "x.npy", "--device", "pi"], "unknown device 'pi'; devices are local, cuda:N, qemu"),
+        (
+            ["run", "model.so", "--input", "x.npy", "--device", "pi"],
+            "unknown device 'pi'; devices are local, cuda:N, qemu",
+        ),
         (["run", "model.so", "--input", "x.npy", "--output", "no/y.npy"], "there is no folder 'no'"),
         (["run", "truncated.so", "--input", "x.npy"], "truncated"),
         (["run", "altered.so", "--input", "x.npy"], "altered"),
