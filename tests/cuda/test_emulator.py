@@ -118,6 +118,22 @@ extern "C" __global__ void between_warps(int* out) {
   __syncwarp();
   out[threadIdx.x] = tile[threadIdx.x ^ 32];
 }
+extern "C" __global__ void bytes_apart(uint32_t* out) {
+  __shared__ alignas(4) unsigned char tile[64];
+  tile[threadIdx.x] = threadIdx.x;
+  __syncthreads();
+  if (threadIdx.x < 16) out[threadIdx.x] = ((uint32_t*)tile)[threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x < 16) ((uint32_t*)tile)[threadIdx.x] = 0;
+  __syncthreads();
+  out[threadIdx.x] += tile[threadIdx.x];
+}
+extern "C" __global__ void race_of_bytes(uint32_t* out) {
+  __shared__ alignas(4) unsigned char tile[64];
+  tile[threadIdx.x] = threadIdx.x;
+  __syncwarp();
+  out[threadIdx.x] = ((uint32_t*)tile)[threadIdx.x / 4 ^ 8];
+}
 extern "C" __global__ void unwritten(int* out) {
   __shared__ int tile[64];
   if (threadIdx.x < 63) tile[threadIdx.x] = 1;
@@ -269,6 +285,7 @@ def test_indices_of_two_dimensions(kernels):
         ("between_warps", [64], 64, r"race in shared memory .* thread 32 writes what thread 0 read"),
         ("cp_async_no_barrier", [128, 32], 32, r"race in shared memory .* reads what thread 0 wrote"),
         ("cp_async_not_waited", [128, 32], 32, r"a wait_group is missing"),
+        ("race_of_bytes", [64], 64, r"byte \d+: thread 32 writes what several threads of warp 0 read"),
         ("unwritten", [64], 64, r"thread 63: byte 252 of shared memory is read before it is written"),
         ("too_far", [64, 64], 64, r"thread 63: read of 4 bytes at byte 256 of buffer 0, which has 256"),
         ("misaligned", [65, 64], 16, r"line \d+: access at .* not aligned to 16 bytes"),
@@ -319,6 +336,12 @@ def test_memory_that_arguments_share(kernels):
     kernels.launch("of_another_block", (1,), (32,), 0, both[:32], both[32:])
     with pytest.raises(EmulationError, match="race in global memory"):
         kernels.launch("no_global_race", (1,), (64,), 0, both[:64], np.zeros(32, np.int32), both[32:])
+
+
+def test_bytes_of_a_word_are_apart(kernels):
+    out = np.zeros(64, np.uint32)
+    kernels.launch("bytes_apart", (1,), (64,), 0, out)
+    assert np.array_equal(out[:16], np.arange(64, dtype=np.uint8).view(np.uint32))
 
 
 def test_checks_can_be_left_out(kernels):

@@ -116,7 +116,7 @@ void free_graph(Graph* graph) {
 }
 
 Stream* stream_of(CUstream handle) {
-  if (!handle) return &legacy;
+  if (reinterpret_cast<uintptr_t>(handle) <= 1) return &legacy;  // CU_STREAM_LEGACY is 1
   for (Stream* stream : streams)
     if (stream == reinterpret_cast<Stream*>(handle)) return stream;
   return nullptr;

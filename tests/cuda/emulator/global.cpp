@@ -47,7 +47,7 @@ bool fresh(const Side& side) { return side.launch == launch; }
 
 bool conflicts(const Side& side, uint32_t bytes) {
   if (!fresh(side) || side.mixed || !(side.bytes & bytes)) return false;
-  return side.block != block_number() || !ordered(side.time, side.who);
+  return side.block != block_number || !ordered(side.time, side.who);
 }
 
 [[noreturn]] void race(const char* does, const char* did, const void* address, const Side& side) {
@@ -63,14 +63,19 @@ bool conflicts(const Side& side, uint32_t bytes) {
 
 void note_read(Side& side, uint32_t bytes) {
   uint16_t me = uint16_t(current->index);
-  if (!fresh(side)) {
-    side = {launch, block_number(), now, me, uint8_t(bytes), false};
+  // What is read again and again: all has been noted.
+  if (fresh(side) && side.block == block_number && side.who == kMany && side.bytes == bytes) {
+    side.time = now;
     return;
   }
-  bool same = side.block == block_number() && side.who == me;
+  if (!fresh(side)) {
+    side = {launch, block_number, now, me, uint8_t(bytes), false};
+    return;
+  }
+  bool same = side.block == block_number && side.who == me;
   side.mixed |= !same && side.bytes != bytes;
   side.bytes |= uint8_t(bytes);
-  if (side.block != block_number())
+  if (side.block != block_number)
     side.block = kManyBlocks;
   else
     side.who = join_readers(side.time, side.who);
@@ -80,9 +85,9 @@ void note_read(Side& side, uint32_t bytes) {
 void note_write(Side& side, uint32_t bytes) {
   uint16_t me = uint16_t(current->index);
   bool others = fresh(side) && (side.bytes & ~bytes);
-  bool same = side.block == block_number() && side.who == me;
+  bool same = side.block == block_number && side.who == me;
   bool mixed = others && (side.mixed || !same);
-  side = {launch, block_number(), now, me, uint8_t(others ? side.bytes | bytes : bytes), mixed};
+  side = {launch, block_number, now, me, uint8_t(others ? side.bytes | bytes : bytes), mixed};
 }
 
 Region* find(const uint8_t* address) {
@@ -124,8 +129,7 @@ void global_begin_launch(const Buffer* buffers, size_t count) {
   }
 }
 
-void global_settle() {
-  if (!second.size) return;
+static void settle() {
   size_t size = second.size;
   second.size = 0;
   if (!memcmp(second.before, second.address, size)) return;
@@ -135,8 +139,12 @@ void global_settle() {
        place_of(second.address), second.other_thread, second.other_block);
 }
 
+void global_settle() {
+  if (second.size) settle();
+}
+
 void global_access(const void* address, size_t size, bool writes) {
-  global_settle();
+  if (second.size) settle();
   auto* at = static_cast<uint8_t*>(const_cast<void*>(address));
   Region* region = find(at);
   if (!region) return;

@@ -116,11 +116,7 @@ void execute_ldmatrix(Warp& warp, uint32_t mask) {
     uint16_t matrix[8][8];
     for (uint32_t r = 0; r < 8; r++) {
       uint8_t* at = row(warp, 8 * i + r, "ldmatrix");
-      // Which lane reads which byte matters to the search for races: lane 4 r + w reads word w, in both forms about.
-      for (uint32_t w = 0; w < 4; w++) {
-        current = &threads[warp.first + 4 * r + w];
-        check_read(at + 4 * w, 4);
-      }
+      check_read(at, 16);  // by the lane that gives the address
       memcpy(matrix[r], at, 16);
     }
     each_lane(mask, [&](uint32_t lane) {
@@ -145,10 +141,7 @@ void execute_stmatrix(Warp& warp, uint32_t mask) {
     });
     for (uint32_t r = 0; r < 8; r++) {
       uint8_t* at = row(warp, 8 * i + r, "stmatrix");
-      for (uint32_t w = 0; w < 4; w++) {
-        current = &threads[warp.first + 4 * r + w];
-        check_write(at + 4 * w, 4);
-      }
+      check_write(at, 16);
       memcpy(at, matrix[r], 16);
     }
   }

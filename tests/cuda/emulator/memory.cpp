@@ -22,13 +22,15 @@ uint32_t now;
 
 namespace {
 
-struct Shadow {  // of one byte of shared memory
+struct Shadow {  // of shared memory
   uint32_t written, read;  // when: values of the clock
   uint16_t writer, reader;
   bool in_flight;  // a cp.async of `writer` to it is not finished
+  bool split;      // of a word: its bytes have shadows of their own
 };
 
-Shadow shadows[kMostShared];
+// Of words, and of the bytes of those that are not accessed as a whole.
+Shadow words[kMostShared / 4], bytes[kMostShared];
 uint32_t block_began, last_barrier;
 uint32_t checks;
 // The first read of a byte that nobody had written. Told at the next barrier: if another thread writes the byte before
@@ -53,32 +55,55 @@ Buffer last_hit, stacks;
        what, other, before);
 }
 
-void shared_read(uint32_t offset, size_t size) {
-  for (Shadow *s = shadows + offset, *end = s + size; s < end; s++) {
-    if (s->in_flight && s->written >= block_began)
-      fail("byte %u of shared memory is read while thread %u's cp.async to it is under way: a wait_group is missing",
-           uint32_t(s - shadows), s->writer);
-    if (s->written < block_began) {
-      if (!unwritten.seen) unwritten = {true, uint32_t(s - shadows), current->index};
-    } else if (checks & check_races && !ordered(s->written, s->writer)) {
-      race("reads", "wrote", s - shadows, s->writer);
+// offset: of the shadow's first byte.
+void read_one(Shadow& s, uint32_t offset) {
+  if (s.written < block_began) {
+    if (!unwritten.seen) unwritten = {true, offset, current->index};
+  } else if (s.in_flight) {
+    fail("byte %u of shared memory is read while thread %u's cp.async to it is under way: a wait_group is missing",
+         offset, s.writer);
+  } else if (s.written >= last_barrier && checks & check_races && !ordered(s.written, s.writer)) {
+    race("reads", "wrote", offset, s.writer);
+  }
+  s.reader = join_readers(s.read, s.reader);
+  s.read = now;
+}
+
+void check_write_of_one(const Shadow& s, uint32_t offset) {
+  if (s.in_flight && s.written >= block_began)
+    fail("byte %u of shared memory is written while thread %u's cp.async to it is under way", offset, s.writer);
+  if (!(checks & check_races)) return;
+  if (s.written >= last_barrier && !ordered(s.written, s.writer)) race("writes", "wrote", offset, s.writer);
+  if (s.read >= last_barrier && !ordered(s.read, s.reader)) race("writes", "read", offset, s.reader);
+}
+
+// Calls f with the shadow of each word, or of each byte where the access does not take whole words.
+template <class F>
+void each_shadow(uint32_t offset, size_t size, bool writes, F f) {
+  for (uint32_t end = offset + uint32_t(size); offset < end;) {
+    Shadow& word = words[offset / 4];
+    Shadow* of_bytes = &bytes[offset / 4 * 4];
+    uint32_t first = offset % 4, count = end - offset < 4 - first ? end - offset : 4 - first;
+    if (count < 4 && !word.split) {
+      for (int i = 0; i < 4; i++) of_bytes[i] = word;
+      word.split = true;
     }
-    s->reader = join_readers(s->read, s->reader);
-    s->read = now;
+    if (!word.split) {
+      f(word, offset);
+    } else {
+      for (uint32_t i = first; i < first + count; i++) f(of_bytes[i], offset - first + i);
+      if (writes && count == 4) word = of_bytes[0];  // whose `split` is false
+    }
+    offset += count;
   }
 }
 
 void shared_write(uint32_t offset, size_t size, bool in_flight) {
-  for (Shadow *s = shadows + offset, *end = s + size; s < end; s++) {
-    if (s->in_flight && s->written >= block_began)
-      fail("byte %u of shared memory is written while thread %u's cp.async to it is under way", uint32_t(s - shadows),
-           s->writer);
-    if (checks & check_races) {
-      if (s->written >= block_began && !ordered(s->written, s->writer)) race("writes", "wrote", s - shadows, s->writer);
-      if (s->read >= block_began && !ordered(s->read, s->reader)) race("writes", "read", s - shadows, s->reader);
-    }
-    *s = {now, 0, uint16_t(current->index), kNobody, in_flight};
-  }
+  Shadow written = {now, 0, uint16_t(current->index), kNobody, in_flight, false};
+  each_shadow(offset, size, true, [&](Shadow& s, uint32_t at) {
+    check_write_of_one(s, at);
+    s = written;
+  });
 }
 
 bool holds(const Buffer& buffer, const void* address, size_t size) {
@@ -158,7 +183,8 @@ void memory_begin_block() {
   // Nothing of an earlier block counts: what is older than `block_began` was never written.
   block_began = last_barrier = ++now;
   if (now > 0xf0000000u) {
-    memset(shadows, 0, sizeof shadows);
+    memset(words, 0, sizeof words);
+    memset(bytes, 0, sizeof bytes);
     block_began = last_barrier = now = 1;
   }
   memset(shared, kPoison, shared_size);
@@ -189,7 +215,7 @@ static uint32_t in_shared(const void* address, size_t size) {
 
 void check_read(const void* address, size_t size) {
   uint32_t offset = in_shared(address, size);
-  if (offset != kFull) return shared_read(offset, size);
+  if (offset != kFull) return each_shadow(offset, size, false, read_one);
   check_elsewhere(address, size, "read", false);
 }
 
@@ -216,8 +242,8 @@ void finish_copy(const Copy& copy) {
   uint8_t* to = at_shared(copy.to, copy.bytes, copy.bytes, "cp.async");
   memcpy(to, copy.from, copy.filled);
   memset(to + copy.filled, 0, copy.bytes - copy.filled);
-  for (uint32_t i = 0; i < copy.bytes; i++)
-    shadows[to - shared + i] = {now, 0, uint16_t(current->index), kNobody, false};
+  Shadow written = {now, 0, uint16_t(current->index), kNobody, false, false};
+  each_shadow(uint32_t(to - shared), copy.bytes, true, [&](Shadow& s, uint32_t) { s = written; });
 }
 
 }  // namespace emu

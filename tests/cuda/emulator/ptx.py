@@ -250,6 +250,10 @@ def _dp4a(words: Sequence[str], arguments: Arguments) -> str:
 
 
 def _cvt(words: Sequence[str], arguments: Arguments) -> str:
+    if words[1:] == ["rn", "f16x2", "f32"]:
+        d, high, low = _scalars(arguments, 3)
+        halves = [f"__builtin_bit_cast(uint16_t, (_Float16){o.as_type('float')})" for o in (high, low)]
+        return _set(d, f"(uint32_t){halves[0]} << 16 | {halves[1]}")
     d, a = _scalars(arguments, 2)
     to, source = words[-2:]
     if words[1] == "rna" and (to, source) == ("tf32", "f32"):

@@ -56,6 +56,7 @@ Thread threads[kMostThreads];
 Thread* current;
 uint8_t* shared;
 size_t shared_size;
+uint32_t block_number;
 
 namespace {
 
@@ -223,6 +224,7 @@ void enter_thread() {
 }
 
 void run_block() {
+  block_number = block_place.x + grid.x * (block_place.y + grid.y * block_place.z);
   memory_begin_block();
   warp_count = (thread_count + kLanes - 1) / kLanes;
   alive_count = thread_count;
@@ -298,8 +300,6 @@ void fail(const char* format, ...) {
   va_end(arguments);
   leave();
 }
-
-uint32_t block_number() { return block_place.x + grid.x * (block_place.y + grid.y * block_place.z); }
 
 void collective(Execute execute, const char* name, uint32_t mask, int line, void* operands) {
   Thread& t = *current;

@@ -75,7 +75,7 @@ extern Thread* current;
 extern uint8_t* shared;       // the block's shared memory: static part, then dynamic part
 extern size_t shared_size;
 
-uint32_t block_number();  // of the block that runs: x, then y, then z
+extern uint32_t block_number;  // of the block that runs: x, then y, then z
 
 // Lanes of a warp that take part in one operation meet here; the last to come executes it for all.
 void collective(Execute execute, const char* name, uint32_t mask, int line, void* operands);
