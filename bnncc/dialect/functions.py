@@ -6,6 +6,7 @@ Errors in units of the last place, against float64: exp 1, sigmoid 3 (above e⁻
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def exp(x: Any) -> Any:
 
 def exp_of_negative(x: Any) -> Any:
     """The same of an argument that is at most 0, which may be −inf; results that would be denormal are 0."""
-    return tirx.call_intrin("float32", "tirx.bnncc_exp_of_negative", x)
+    return tirx.call_intrin(str(x.ty.dtype), "tirx.bnncc_exp_of_negative", x)
 
 
 def sigmoid(x: Any) -> Any:
@@ -98,18 +99,19 @@ def _fence(x: Any) -> Any:
     return tirx.call_llvm_pure_intrin(str(x.ty.dtype), llvm_lookup_intrinsic_id("llvm.arithmetic.fence"), x)
 
 
-def _reduced(v: _Vector, x: Any) -> tuple[Any, Any]:
-    """(e^r, n) of x = n·ln 2 + r; n as int32."""
-    shifted = v.let(_fence(x * v.const(1.4426950408889634) + v.const(_ROUND)))
-    n = v.let(shifted - v.const(_ROUND))
+def _reduced(v: _Vector, x: Any, bias: int = 0) -> tuple[Any, Any]:
+    """(e^r, n + bias) of x = n·ln 2 + r; the latter as int32, of which all but the lowest 22 bits mean nothing."""
+    shifted = v.let(_fence(x * v.const(1.4426950408889634) + v.const(_ROUND + bias)))
+    n = v.let(shifted - v.const(_ROUND + bias))
     r = v.let((x - n * v.const(_LN2[0])) - n * v.const(_LN2[1]))
     power = v.polynomial(r, _EXP) * (r * r) + r + v.const(1.0)
-    return power, v.let(v.bits(shifted, "int32") - v.const(_ROUND_BITS, "int32"))
+    return power, v.bits(shifted, "int32")
 
 
 def _exp(call: Any) -> Any:
     v = _Vector(call)
-    power, n = _reduced(v, v.let(v.clamped(call.args[0], -104.0, 89.0)))  # beyond, the result is 0 or infinite
+    power, low = _reduced(v, v.let(v.clamped(call.args[0], -104.0, 89.0)))  # beyond, the result is 0 or infinite
+    n = v.let(low - v.const(_ROUND_BITS, "int32"))
     # 2ⁿ in two factors: results down to the smallest denormal are none that one float exponent could scale to.
     half = v.let(n >> v.const(1, "int32"))
 
@@ -121,16 +123,15 @@ def _exp(call: Any) -> Any:
 
 def _exp_of_negative(call: Any) -> Any:
     v = _Vector(call)
-    power, n = _reduced(v, v.let(tirx.max(v.const(-104.0), call.args[0])))
-    # An exponent field of 0 under a mantissa of 0 is the number 0.
-    field = tirx.max(n + v.const(127, "int32"), v.const(0, "int32"))
+    # The exponent field is n + 127. Of what is smaller still n is -127, and a field of 0 above a mantissa of 0 is 0.
+    power, field = _reduced(v, v.let(tirx.max(v.const(-127 * math.log(2)), call.args[0])), bias=127)
     return v.close(power * v.bits(field << v.const(23, "int32"), "float32"))
 
 
 def _sigmoid(call: Any) -> Any:
     v = _Vector(call)
     power, n = _reduced(v, v.let(v.clamped(v.const(0.0) - call.args[0], -87.0, 87.0)))
-    # Within these bounds the exponent can be added to.
+    # Within these bounds the exponent can be added to; the shift leaves of n what belongs to it.
     scaled = v.bits(v.bits(power, "int32") + (n << v.const(23, "int32")), "float32")
     return v.close(v.const(1.0) / (v.const(1.0) + scaled))
 

@@ -14,7 +14,7 @@ computed as one, and stored in parts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import tvm_ffi
@@ -28,6 +28,7 @@ from bnncc.dialect.larger import larger
 from bnncc.dialect.stages import WINDOW, Window
 
 from .base import TASK_WORK, Rule, Stages
+from .written import over, parts, store, substituted
 
 #: Bytes of the part of a plane that is framed at once.
 _FRAME = 16 << 10
@@ -58,41 +59,6 @@ class Planar(Rule):
             return "more than elementwise stages around the window"
         main = sch.get(rest[0]) if rest else None
         return Schedule(_Kernel(func, sch.get(rows), sch.get(window), main, stages.role(window), self.target).build())
-
-
-def _substituted(expr: Any, block: Any, at: tuple[Any, ...]) -> Any:
-    """An expression of a block at another place of the block's axes."""
-    places = (tirx.const(index, "int32") if isinstance(index, int) else index for index in at)
-    axes = dict(zip((iv.var for iv in block.iter_vars), places, strict=True))
-    return tvm_ffi.structural_map(expr, (tirx.Var, lambda var: axes.get(var, var)))
-
-
-def _parts(length: int, lanes: int) -> Iterator[tuple[int, int]]:
-    """(start, size) of vectors of powers of two, at most `lanes`, that make up a length."""
-    at = 0
-    while at < length:
-        while lanes > length - at:
-            lanes //= 2
-        yield at, lanes
-        at += lanes
-
-
-def _over(length: int, lanes: int, body: Callable[[Any, int], None]) -> None:
-    """`body(start, size)` for whole vectors in a loop, and for the parts of the rest."""
-    if whole := length // lanes:
-        with T.serial(0, whole) as v:
-            body(v * lanes, lanes)
-    for at, size in _parts(length % lanes, lanes):
-        body(whole * lanes + at, size)
-
-
-def _store(buffer: Any, value: Callable[[Any], Any], at: Callable[[Any], list[Any]], start: Any, size: int) -> None:
-    """`buffer[at(i)] = value(i)` for the `size` indices of one vector."""
-    if size == 1:
-        T.buffer_store(buffer, value(start), at(start))
-        return
-    with T.vectorized(0, size) as lane:
-        T.buffer_store(buffer, value(start + lane), at(start + lane))
 
 
 class _Kernel:
@@ -151,7 +117,7 @@ class _Kernel:
         stride, end = self.of.stride_x, self.before + self.width
 
         def copy() -> None:
-            _over(self.width, self.lanes * stride, lambda at, size: self._copy(row, y, at, size))
+            over(self.width, self.lanes * stride, lambda at, size: self._copy(row, y, at, size))
             for phase in range(stride if self.after else 0):
                 self._fill(row, phase, -(-(end - phase) // stride), -(-(end + self.after - phase) // stride))
 
@@ -177,15 +143,15 @@ class _Kernel:
         """`size` pixels, from pixel x of row y on: the even ones to one side, the odd ones to the other."""
 
         def value(lane: Any) -> Any:
-            return _substituted(self.rows.body.value, self.rows, (*self.plane, y, x + lane))
+            return substituted(self.rows.body.value, self.rows, (*self.plane, y, x + lane))
 
         stride = self.of.stride_x
         at = tirx.floordiv(self.before + x, stride)
         if stride == 1 or size == 1:
-            _store(self.frame, value, lambda lane: [row, 0, at + lane], 0, size)
+            store(self.frame, value, lambda lane: [row, 0, at + lane], 0, size)
             return
         pixels = T.alloc_buffer((size,), "float32", scope="local")
-        _store(pixels, value, lambda lane: [lane], 0, size)
+        store(pixels, value, lambda lane: [lane], 0, size)
         for phase in range(stride):
             vector = tirx.Shuffle([pixels[tirx.Ramp(0, 1, size)]], list(range(phase, size, stride)))
             T.buffer_store(self.frame, vector, [row, phase, tirx.Ramp(at, 1, size // stride) if size > stride else at])
@@ -217,16 +183,16 @@ class _Kernel:
 
             self._sum(sums, row, y + row, x)
             if alone:
-                _store(sums, result, lambda lane, row=row: [row, lane], 0, self.lanes)  # type: ignore[misc]
-            for start, size in _parts(count, self.lanes):
-                _store(target, kept if alone else result, place, start, size)
+                store(sums, result, lambda lane, row=row: [row, lane], 0, self.lanes)  # type: ignore[misc]
+            for start, size in parts(count, self.lanes):
+                store(target, kept if alone else result, place, start, size)
 
     def _result(self, value: Any, at: tuple[Any, ...]) -> Any:
         """What becomes of a window's value."""
         if self.main is None:
             return value
         windows = self.window.writes[0].source
-        expr = _substituted(self.main.body.value, self.main, at)
+        expr = substituted(self.main.body.value, self.main, at)
         return tvm_ffi.structural_map(expr, (TensorLoad, lambda load: value if load.source.same_as(windows) else load))
 
     def _sum(self, sums: Any, slot: int, y: Any, x: Any) -> None:

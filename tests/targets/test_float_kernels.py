@@ -233,13 +233,40 @@ def test_channels_in_the_middle(target: TargetSpec, shape: tuple) -> None:
     np.testing.assert_array_equal(total, np.maximum(x + y, 0))
 
 
-@pytest.mark.parametrize("shape", [(3, 10), (1, 1), (2, 16), (3, 64), (2, 65), (5, 300)])
+@pytest.mark.parametrize("shape", [(3, 10), (1, 1), (2, 2), (2, 16), (3, 64), (2, 65), (5, 300), (2, 1000), (1, 5000)])
 def test_softmax(target: TargetSpec, shape: tuple) -> None:
     x = _floats(*shape)
     x[0, -1] = -np.inf if shape[1] > 1 else 0
     built = Kernel(target, F.softmax, x)
     assert not emit.unscheduled(built.scheduled)
     np.testing.assert_allclose(built(x), torch.softmax(torch.from_numpy(x), -1).numpy(), rtol=1e-6)
+
+
+def test_special_values_in_a_softmax(target: TargetSpec) -> None:
+    """NaN and a row of −inf are NaN throughout; what is far below the largest is 0, also where it would be denormal."""
+    x = _floats(5, 70) * np.float32(40)
+    x[0, 3], x[1], x[2, ::2] = np.nan, -np.inf, -np.inf
+    x[3] = np.linspace(-150, 0, 70)
+    y, expected = Kernel(target, F.softmax, x)(x), torch.softmax(torch.from_numpy(x).double(), -1).numpy()
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(expected))
+    tiny = np.float64(np.finfo(np.float32).tiny)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=tiny)  # x − max rounds by up to 2⁻¹⁷
+    assert not y[2, ::2].any()
+
+
+def test_what_is_fused_with_a_softmax(target: TargetSpec) -> None:
+    x, a = _floats(3, 37), _floats(37)
+
+    def f(x, a):
+        y = F.multiply(F.softmax(F.relu(x)), a)
+        return te.compute(y.shape, lambda *at: (y(*at) * 100).astype("int32"))
+
+    for g, dtype in ((f, np.int32), (lambda x, a: F.add(F.softmax(F.relu(x)), a), np.float32)):
+        built = Kernel(target, g, x, a)
+        assert {k.attrs[emit.SCHEDULED_BY] for k in built.scheduled.functions.values()} == {"softmax"}
+        y = torch.softmax(torch.relu(torch.from_numpy(x)), -1).numpy()
+        expected = y * a * 100 if dtype is np.int32 else y + a
+        np.testing.assert_allclose(built(x, a), expected, atol=1.0 if dtype is np.int32 else 1e-6)
 
 
 @pytest.mark.parametrize(
