@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tvm import ir, tirx
-from tvm.ir import Op
 from tvm.tirx.script.builder import ir as T
 
 from bnncc.targets.cuda.descriptor import WARP
@@ -22,7 +21,7 @@ from bnncc.targets.cuda.descriptor import WARP
 from .base import THREADS, Rule
 from .graph import Declined, Graph, Stage, loads, substitute
 from .nests import REPEATS, Uses, merged_axes
-from .registers import Kernel, build
+from .registers import Kernel, build, is_choice
 
 #: Words of a warp, as far as that leaves warps for every multiprocessor.
 _WORDS, _BUSY = 8, 16
@@ -160,7 +159,7 @@ def _bit(graph: Graph, expr: Any, bit: Any) -> Any:
         if stage is not None and stage.role == "pack.bits":
             names = [var for var, _ in (*stage.axes, *stage.reduced)]
             return _predicate(stage.buffer, names, stage.value)(expr.value.indices, bit)
-    if _is_choice(expr):
+    if is_choice(expr):
         condition, yes, no = expr.args
         return tirx.if_then_else(condition, _bit(graph, yes, bit), _bit(graph, no, bit))
     if any(load.source in graph.stages for load in loads(expr)):
@@ -174,7 +173,7 @@ def _word(graph: Graph, expr: Any, byte: Any, word: Any) -> Any:
         stage = graph.stages.get(expr.source)
         if stage is not None and not stage.reduced:
             return _word(graph, stage.at(expr.indices), byte, word)
-    if _is_choice(expr):
+    if is_choice(expr):
         condition, yes, no = expr.args
         return tirx.if_then_else(condition, _word(graph, yes, byte, word), _word(graph, no, byte, word))
     found = [load for load in loads(expr) if load.source in graph.stages]
@@ -185,7 +184,3 @@ def _word(graph: Graph, expr: Any, byte: Any, word: Any) -> Any:
         return tirx.Cast("uint32", substitute(load, {byte: word * 4}))
     parts = [tirx.Cast("uint32", substitute(expr, {byte: word * 4 + i})) for i in range(4)]
     return parts[0] | (parts[1] << 8) | (parts[2] << 16) | (parts[3] << 24)
-
-
-def _is_choice(expr: Any) -> bool:
-    return isinstance(expr, ir.Call) and isinstance(expr.op, Op) and str(expr.op.name) == "prim.if_then_else"

@@ -25,6 +25,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.sym import Analyzer
 from tvm.tirx.script.builder import ir as T
 
+from .base import IF_THEN_ELSE
 from .graph import Declined, Graph, Stage, dtype_of, rewrite, shape_of, substitute
 
 #: Steps of a reduction that are written one after the other, and those of the innermost axis of a longer one.
@@ -151,7 +152,7 @@ class Kernel:
             return value
         local = self.local(dtype, name)
         with self._guarded():
-            self.each_lane(lambda at: T.buffer_store(local, at(value), [at(self.lane)]))
+            self._into(local, value)
         return local[self.lane]
 
     def store(self, buffer: Any, indices: Sequence[Any], value: Any) -> None:
@@ -162,7 +163,7 @@ class Kernel:
             self.each_lane(lambda at: T.buffer_store(flat, at(value), [at(offset)]))
             return
         local = self.local(dtype_of(buffer))
-        self.each_lane(lambda at: T.buffer_store(local, at(value), [at(self.lane)]))
+        self._into(local, value)
         ramp = tirx.Ramp(base, 1, self.lanes)
         T.buffer_store(flat, local[tirx.Ramp(tirx.const(0, "int32"), 1, self.lanes)], [ramp])
 
@@ -188,7 +189,7 @@ class Kernel:
             return self.read(node.source, indices) if stage is None else self.stage(stage, indices)
 
         def call(node: Any, mutator: Any) -> Any:
-            if not (isinstance(node.op, Op) and str(node.op.name) == "prim.if_then_else"):
+            if not is_choice(node):
                 return mutator.default_mutate(node)
             condition = self._condition(mutator.mutate(node.args[0]))
             if isinstance(condition, tirx.IntImm):
@@ -268,6 +269,12 @@ class Kernel:
         nest([], loops)
 
     def _into(self, local: Any, value: Any) -> None:
+        if self.lanes > 1 and is_choice(value) and not self._follows(value.args[0]):
+            with T.If(value.args[0]):
+                for frame, arm in ((T.Then, value.args[1]), (T.Else, value.args[2])):
+                    with frame():
+                        self._into(local, arm)
+            return
         self.each_lane(lambda at: T.buffer_store(local, at(value), [at(self.lane)]))
 
     def read(self, buffer: Any, indices: Sequence[Any]) -> Any:
@@ -335,6 +342,11 @@ class Kernel:
         return not tvm_ffi.structural_equal(self.known.simplify(expr), self.known.simplify(first))
 
 
+def is_choice(expr: Any) -> bool:
+    """Whether an expression computes one of two others, and not both."""
+    return isinstance(expr, ir.Call) and isinstance(expr.op, Op) and expr.op.same_as(IF_THEN_ELSE)
+
+
 def mentions(expr: Any, names: Sequence[Any]) -> bool:
     """Whether an expression holds one of these variables."""
     found: list[Any] = []
@@ -360,4 +372,4 @@ def _is_true(condition: Any) -> bool:
     return isinstance(condition, tirx.IntImm) and bool(int(condition))
 
 
-__all__ = ["VECTOR_BYTES", "Kernel", "build", "bytes_of", "mentions"]
+__all__ = ["VECTOR_BYTES", "Kernel", "build", "bytes_of", "is_choice", "mentions"]
