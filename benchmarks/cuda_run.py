@@ -28,7 +28,7 @@ _MEMORY = 1 << 30
 
 _QUESTIONS = (
     "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "power.draw",
-    "temperature.gpu", "clocks_throttle_reasons.active",
+    "temperature.gpu",
 )  # fmt: skip
 
 Say = Callable[[str], None]
@@ -65,7 +65,8 @@ def run(
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name or 'cuda-' + _slug(gpu.name)}.json"
     path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    say(f"written to {path}")
+    for written in (path, *_plots(report, path, say)):
+        say(f"written to {written}")
     return report
 
 
@@ -96,6 +97,15 @@ def _measure(
         report["took_seconds"][section] = round(time.perf_counter() - start, 1)
         if report[section]:
             say(tables[section](report[section]))
+
+
+def _plots(report: dict[str, Any], path: Path, say: Say) -> list[Path]:
+    try:
+        from benchmarks import plot
+    except ImportError as error:
+        say(f"without plots: {error}")
+        return []
+    return plot.gpu_plots(report, path.with_suffix(""))
 
 
 def _names(index: dict[str, Any]) -> list[str]:

@@ -25,6 +25,17 @@ def plots(report: dict[str, Any], stem: Path) -> list[Path]:
     return written
 
 
+def gpu_plots(report: dict[str, Any], stem: Path) -> list[Path]:
+    """The same of a report of `benchmarks.cuda_run`: each item at each batch beside its peers."""
+    written = []
+    for section in ("convolutions", "networks"):
+        batches = report.get(section, {}).items()
+        rows = {f"{name}, batch {batch}": row for name, found in batches for batch, row in found.items()}
+        if rows:
+            written.append(_save(stem, section, _bars(rows)))
+    return written
+
+
 def _save(stem: Path, what: str, figure: Any) -> Path:
     path = stem.parent / f"{stem.name}-{what}.svg"
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
