@@ -2,7 +2,7 @@
 
 import os
 
-from standin import Array, called, check, inputs, main, refusal, same, standin
+from driver_tools import Array, called, check, gpu, inputs, main, proxy, refusal, same
 
 from bnncc import runtime
 from bnncc.runtime.errors import ExecutionError, InputError
@@ -36,13 +36,13 @@ def refuses_gpu_arrays_that_do_not_fit(path):
         for arrays, out, message in (
             ((Array(session, x, device=1), b), None, "input 'x' lies on cuda:1, and the session runs on cuda:0"),
             ((a, n), None, "input 'n' lies in the host's memory, and an input on cuda:0"),
-            ((Array(session, x[:3]), b), None, "input 'x' has shape (3, 1024), the model was compiled for (6, 1024)"),
+            ((Array(session, x[:3]), b), None, "input 'x' has shape (3, 64), the model was compiled for (6, 64)"),
             ((a, Array(session, n.astype("i4"))), None, "input 'n' has dtype int32, the model takes int64"),
             ((Array(session, x, strides=(1, 6)), b), None, "input 'x' is not contiguous"),
             ((a,), None, "the model has 2 input(s) (x, n), 1 given"),
             ((a, b), (a,), "the model has 2 output(s) (y, m), 1 given"),
             ((a, b), (x, n), "output 'y' lies in the host's memory"),
-            ((a, b), (a, a), "output 'm' has shape (6, 1024)"),
+            ((a, b), (a, a), "output 'm' has shape (6, 64)"),
         ):
             try:
                 session(*arrays, out=out)
@@ -53,108 +53,108 @@ def refuses_gpu_arrays_that_do_not_fit(path):
 
 
 def says_what_is_missing(path):
-    gpu, limits = standin.standin_gpu, standin.standin_limits
-    where = "cuda:0 (Stand-in 0, sm_90)"
-    gpu(0, 9, 0, 13000)
+    where = "cuda:0 (Emulated GPU, sm_90)"
+    gpu(devices=0)
     same(
         refusal(path),
         "tiny: no GPU can be used: CUDA_ERROR_NO_DEVICE (no CUDA-capable device is detected); see what nvidia-smi "
         "lists and whether CUDA_VISIBLE_DEVICES hides it",
     )
-    gpu(1, 9, 0, 12040)
+    gpu(driver=12040)
     same(
         refusal(path),
         "tiny: the NVIDIA driver is too old: it supports CUDA 12.4, the artifact needs 13.0; update it, or compile "
         "with an older CUDA compiler",
     )
-    gpu(1, 8, 9, 13000)
+    gpu(capability=89)
     same(
         refusal(path),
-        "tiny: compiled for cuda-sm_90, which cuda:0 (Stand-in 0, sm_89) cannot run; compile with -t cuda-sm_89",
+        "tiny: compiled for cuda-sm_90, which cuda:0 (Emulated GPU, sm_89) cannot run; compile with -t cuda-sm_89",
     )
-    gpu(1, 9, 0, 13000)
-    limits(20000, 227 * 1024)
-    # The arena (2 * 24576 + 64), the persistent space (4096), the homes (24576, 24, twice), each a multiple of 256.
-    needed = 49408 + 4096 + 2 * (24576 + 256)
+    gpu(memory=3000)
+    # The arena (3136), the persistent space (256), the homes (1536, 24, twice), each a multiple of 256.
+    needed = 3328 + 256 + 2 * (1536 + 256)
     same(
         refusal(path),
-        f"tiny: out of memory on {where}: an instance takes {needed} bytes, 15904 of 20000 are free; take a smaller "
+        f"tiny: out of memory on {where}: an instance takes {needed} bytes, 2744 of 3000 are free; take a smaller "
         "batch, or end what else uses the GPU",
     )
-    limits(100, 227 * 1024)
-    assert "the weights take 4096 bytes, 100 of 100 are free" in refusal(path)
-    limits(1 << 30, 64 * 1024)
-    same(
-        refusal(path),
-        f"tiny: giving kernel affine_kernel its 98304 bytes of shared memory on {where} failed: "
-        "CUDA_ERROR_INVALID_VALUE (invalid argument)",
-    )
-    limits(1 << 30, 227 * 1024)
-    standin.standin_fail(b"cuModuleLoadDataEx", 1, 200)
-    same(
-        refusal(path),
-        f"tiny: the NVIDIA driver refuses the kernels for {where}: CUDA_ERROR_INVALID_IMAGE (device kernel image is "
-        "invalid); update it, or compile with -t cuda-sm_90",
-    )
-    standin.standin_fail(b"cuDevicePrimaryCtxRetain", 1, 2)
-    same(
-        refusal(path),
-        f"tiny: making a context on {where} failed: CUDA_ERROR_OUT_OF_MEMORY (out of memory); take a smaller batch, or "
-        "end what else uses the GPU",
-    )
-    standin.standin_fail(b"cuModuleLoadDataEx", 1, 2)
-    assert refusal(path).startswith(f"tiny: loading the kernels on {where} failed: CUDA_ERROR_OUT_OF_MEMORY")
+    gpu(memory=100)
+    assert "the weights take 256 bytes, 100 of 100 are free" in refusal(path)
+    gpu()
+    for function, code, line in (
+        (
+            b"cuFuncSetAttribute", 1,
+            f"giving kernel affine_kernel its 98304 bytes of shared memory on {where} failed: "
+            "CUDA_ERROR_INVALID_VALUE (invalid argument)",
+        ),
+        (
+            b"cuModuleLoadDataEx", 200,
+            f"the NVIDIA driver refuses the kernels for {where}: CUDA_ERROR_INVALID_IMAGE (device kernel image is "
+            "invalid); update it, or compile with -t cuda-sm_90",
+        ),
+        (
+            b"cuModuleLoadDataEx", 2,
+            f"loading the kernels on {where} failed: CUDA_ERROR_OUT_OF_MEMORY (out of memory); take a smaller batch, "
+            "or end what else uses the GPU",
+        ),
+        (
+            b"cuCtxPushCurrent_v2", 3,
+            f"entering the context on {where} failed: CUDA_ERROR_NOT_INITIALIZED (initialization error); CUDA does not "
+            "survive a fork, start the process anew (in Python: multiprocessing's 'spawn')",
+        ),
+    ):  # fmt: skip
+        proxy.proxy_fail(function, 1, code)
+        same(refusal(path), f"tiny: {line}")
     runtime.load(path).close()
 
 
 def later_gpus_compile_the_ptx(path):
     x, n = inputs()
-    standin.standin_gpu(1, 9, 3, 13000)
+    gpu(capability=93)
     with runtime.load(path) as session:
         same(called("cuModuleLoadDataEx"), 1)
         check(session(x, n), x, n)
-    standin.standin_forget()
-    standin.standin_fail(b"cuModuleLoadDataEx", 1, 209)  # no machine code for this one, although its number fits
+    proxy.proxy_forget()
+    proxy.proxy_fail(b"cuModuleLoadDataEx", 1, 209)  # no machine code for this one, although its number fits
     with runtime.load(path) as session:
         same(called("cuModuleLoadDataEx"), 2)
-    standin.standin_forget()
-    standin.standin_gpu(1, 12, 0, 13000)
+    proxy.proxy_forget()
+    gpu(capability=120)
     with runtime.load(path) as session:
         same(called("cuModuleLoadDataEx"), 1)
         check(session(x, n), x, n)
-    standin.standin_refuse_ptx(b"ptxas error : line 7;\n  Unknown directive\n")
+    gpu(capability=120, ptx=0)
     same(
         refusal(path),
-        "tiny: the NVIDIA driver refuses the kernels for cuda:0 (Stand-in 0, sm_120): CUDA_ERROR_INVALID_PTX (a PTX "
-        "JIT compilation failed): ptxas error : line 7;   Unknown directive; update it, or compile with -t cuda-sm_120",
+        "tiny: the NVIDIA driver refuses the kernels for cuda:0 (Emulated GPU, sm_120): "
+        "CUDA_ERROR_UNSUPPORTED_PTX_VERSION (the provided PTX was compiled with an unsupported toolchain.): "
+        "emulated log; update it, or compile with -t cuda-sm_120",
     )
-    standin.standin_fail(b"cuModuleLoadDataEx", 1, 222)
-    line = refusal(path)
-    assert line.endswith("an unsupported toolchain.); update it, or compile with -t cuda-sm_120"), line
 
 
 def an_architecture_of_its_own_runs_nowhere_else(path):
     """Compiled for sm_90a."""
     runtime.load(path).close()
-    standin.standin_gpu(1, 10, 0, 13000)
+    gpu(capability=100)
     line = refusal(path)
-    assert line.startswith("tiny: compiled for cuda-sm_90, which cuda:0 (Stand-in 0, sm_100) cannot run"), line
+    assert line.startswith("tiny: compiled for cuda-sm_90, which cuda:0 (Emulated GPU, sm_100) cannot run"), line
 
 
 def a_kernel_that_fails_is_one_line(path):
     session = runtime.load(path)
-    standin.standin_break(719)
+    gpu(fail_launch=3)  # the init step is one
     try:
         session(*inputs())
     except ExecutionError as error:
         same(
             str(error),
-            "tiny: running the network on cuda:0 (Stand-in 0, sm_90) failed: CUDA_ERROR_LAUNCH_FAILED (unspecified "
+            "tiny: running the network on cuda:0 (Emulated GPU, sm_90) failed: CUDA_ERROR_LAUNCH_FAILED (unspecified "
             "launch failure); nothing more can run on this GPU in this process, start a new one",
         )
     else:
         raise AssertionError("it ran")
-    same(standin.standin_depth(), 0)
+    same(proxy.proxy_depth(), 0)
     session.close()
     os._exit(0)  # the context is lost, and with it what it held
 
@@ -168,7 +168,7 @@ FREEING = {
 
 def failing_calls():
     """Every function that was called, and the number of each call, as failures to be made."""
-    made = standin.standin_calls().decode().split()
+    made = proxy.proxy_calls().decode().split()
     made = [function for function in made if function not in FREEING]
     return [(function, 1 + made[:at].count(function)) for at, function in enumerate(made)]
 
@@ -178,10 +178,10 @@ def a_failure_while_loading_leaves_nothing(path):
     session = runtime.load(path)
     calls = failing_calls()
     session.close()
-    same(standin.standin_live(), 0)
+    same(proxy.proxy_live(), 0)
     assert len({function for function, _ in calls}) >= 20
     for function, nth in calls:
-        standin.standin_fail(function.encode(), nth, 999)
+        proxy.proxy_fail(function.encode(), nth, 999)
         line = refusal(path)
         assert "CUDA error 999" in line and "\n" not in line, (function, nth, line)
     runtime.load(path).close()
@@ -204,11 +204,11 @@ def a_failure_while_running_is_one_line(path):
         for run in (on_host, on_gpu, lambda: session.run_steps(0, 3), lambda: session.run_steps(1, 1)):
             on_host()
             on_gpu()
-            standin.standin_forget()
+            proxy.proxy_forget()
             run()
             # Memory that CUDA does not say it knows is copied through memory that it does.
             for function, nth in set(failing_calls()) - {("cuPointerGetAttribute", at) for at in range(9)}:
-                standin.standin_fail(function.encode(), nth, 999)
+                proxy.proxy_fail(function.encode(), nth, 999)
                 try:
                     run()
                 except ExecutionError as error:
@@ -216,8 +216,9 @@ def a_failure_while_running_is_one_line(path):
                 else:
                     # What changes in the graph depends on the run before: there may be fewer calls this time.
                     assert function == "cuGraphExecKernelNodeSetParams", (function, nth)
-                standin.standin_fail(b"", 0, 0)
-                same(standin.standin_depth(), 0)
+                proxy.proxy_fail(b"", 0, 0)
+                same(proxy.proxy_depth(), 0)
+                run()  # on the same arrays: what failed to change in the graph must change now
                 on_host()
                 on_gpu()
 

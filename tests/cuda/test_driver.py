@@ -1,5 +1,5 @@
-"""The driver of CUDA artifacts, with a stand-in for the GPU's own driver, standin_cuda.c; what it must do is in
-driver_cases.py. No kernel that the compiler makes runs here."""
+"""The driver of CUDA artifacts on the emulated GPU, with a network made by hand: what it must do is in driver_cases.py
+and driver_failures.py, and driver_proxy.c, between it and the GPU, watches it and makes calls fail."""
 
 import ast
 import dataclasses
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from driver_proxy import build_library, build_proxy
 
 from bnncc import runtime
 from bnncc.dialect.plan import Layer, Plan, Step, Tensor, Value
@@ -30,7 +31,8 @@ CASES = [
     for function in ast.parse((HERE / file).read_text()).body
     if isinstance(function, ast.FunctionDef) and [argument.arg for argument in function.args.args] == ["path"]
 ]
-ROWS, COLUMNS = 6, 1024
+ROWS, COLUMNS = 6, 64
+IMAGE = b"stands for a cubin of driver_kernels.cu\0"
 PTX = b"// Cuda compilation tools, release 13.0, V13.0.88\n.version 9.0\n.target sm_90\n"
 
 on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the artifacts are linked for x86-64")
@@ -52,8 +54,8 @@ ARM = Host("jetson-orin", "aarch64", "sm_87", "aarch64-linux-gnu.2.28", "aarch64
 
 
 def make_plan():
-    """Inputs x float32 [6, 1024] and n int64 [3]; outputs exp(x * 2w + 1) reversed + 1, and n + 1. The second step is
-    two kernels, with scratch between them."""
+    """Inputs x float32 [6, 64] and n int64 [3]; outputs exp(x * 2w + 1) reversed + 1, and n + 1. The second step is
+    two kernels, with scratch between them, and y has another name there, as if it were reshaped."""
     shape = (ROWS, COLUMNS)
     size = ROWS * COLUMNS * 4
     tensors = (
@@ -65,10 +67,11 @@ def make_plan():
         Tensor(5, "scratch", shape, "float32", "arena", 64 + size),
         Tensor(6, "y", shape, "float32", "output", 0),
         Tensor(7, "m", (3,), "int64", "output", 1),
+        Tensor(8, "flat", (ROWS * COLUMNS,), "float32", "output", 0),
     )
     steps = (
         Step("affine", "affine", (0, 3, 4), 1, ("body.0",), True),
-        Step("reverse", "reverse", (4, 6), 1, ("body.1",), False),
+        Step("reverse", "reverse", (4, 8), 1, ("body.1",), False),
         Step("count", "count", (1, 7), 1, ("body.2",), True),
     )
     weights = bytes(64) + np.random.default_rng(0).standard_normal(COLUMNS).astype(np.float32).tobytes()
@@ -77,19 +80,31 @@ def make_plan():
     return Plan("tiny", tensors, init, steps, (0, 1), (6, 7), 64 + 2 * size, COLUMNS * 4, weights, layers)
 
 
+def make_large_plan():
+    """One kernel that adds 1 to 2.44 MiB, which the driver copies in three parts."""
+    shape = (640000,)
+    tensors = (Tensor(0, "x", shape, "float32", "input", 0), Tensor(1, "y", shape, "float32", "output", 0))
+    return Plan("large", tensors, (), (Step("add", "add", (0, 1), 1, (), True),), (0,), (1,), 0, 0, b"")
+
+
+def make_large_code():
+    launch = Launch("large_kernel", (1, 1, 1), (64, 1, 1), 0, (0, 1))
+    return DeviceCode("sm_90", IMAGE, PTX, ((launch,),), {"large_kernel": Resources(32, 0, 0, 64)})
+
+
 def make_code(sm="sm_90"):
-    block = (256, 1, 1)
+    block = (16, 1, 1)
     launches = (
         (Launch("double_kernel", (4, 1, 1), block, 0, (2, 3)),),
-        (Launch("affine_kernel", (2, 3, 4), block, 96 * 1024, (0, 3, 4)),),
+        (Launch("affine_kernel", (2, 3, 4), block, 96 * 1024, (4, 3, 0)),),
         (
             Launch("exp_kernel", (24, 1, 1), block, 0, (4, 5)),
-            Launch("flip_kernel", (12, 1, 1), (8, 8, 8), 1024, (5, 6)),
+            Launch("flip_kernel", (12, 1, 1), (4, 4, 2), 1024, (5, 8)),
         ),
         (Launch("count_kernel", (1, 1, 1), (3, 1, 1), 0, (1, 7)),),
     )
     names = {launch.function for step in launches for launch in step}
-    return DeviceCode(sm, b"cubin sm_90\0", PTX, launches, {name: Resources(32, 128, 0, 1024) for name in names})
+    return DeviceCode(sm, IMAGE, PTX, launches, {name: Resources(32, 128, 0, 64) for name in names})
 
 
 def build(path, host=Host(), code=None, plan=None, **options):
@@ -105,28 +120,20 @@ def artifact(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def standin(tmp_path_factory):
-    """The folder with the stand-in's libcuda.so.1."""
-    folder = tmp_path_factory.mktemp("standin")
-    compile_library(folder, HERE / "standin_cuda.c", "-lm", "-lpthread")
-    return folder
+def gpu(emulated_gpu, tmp_path_factory):
+    """The variables with which a process finds two emulated GPUs behind the proxy."""
+    emulated_gpu.add((HERE / "driver_kernels.cu").read_text(), "sm_90", IMAGE, PTX)
+    folder = tmp_path_factory.mktemp("proxy")
+    build_proxy(folder)
+    variables = emulated_gpu.environment(devices=2, capability=90)
+    return {**variables, "LD_LIBRARY_PATH": str(folder), "BNNCC_BEHIND": str(emulated_gpu.library)}
 
 
-def compile_library(folder, source, *options):
-    command = [sys.executable, "-m", "ziglang", "cc", "-target", Host().zig, "-std=gnu11", "-O1", "-g0", "-Wall"]
-    command += ["-Wextra", "-Werror", "-fno-sanitize=undefined", "-fvisibility=hidden", "-shared", "-fPIC"]
-    command += [f"-I{SOURCES}", source, "-Wl,-soname,libcuda.so.1", "-o", folder / "libcuda.so.1", *options]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
-def run(command, library=None, **variables):
-    """The command's process; library: the folder of its libcuda.so.1."""
+def run(command, variables=None):
+    """The command's process. variables: of its environment."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("BNNCC_", "CUDA_"))}
-    if library:
-        environment["LD_LIBRARY_PATH"] = str(library)
     command = [str(word) for word in command]
-    return subprocess.run(command, env=environment | variables, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment | (variables or {}), capture_output=True, text=True, timeout=120)
 
 
 def zig(*arguments, **options):
@@ -136,10 +143,12 @@ def zig(*arguments, **options):
 
 @on_x86
 @pytest.mark.parametrize(("file", "case"), CASES)
-def test_with_the_stand_in(standin, artifact, tmp_path, file, case):
+def test_on_the_emulated_gpu(gpu, artifact, tmp_path, file, case):
     if case == "an_architecture_of_its_own_runs_nowhere_else":
         artifact = build(tmp_path / "tiny.so", code=make_code("sm_90a"))
-    result = run([sys.executable, HERE / file, case, artifact], standin)
+    if case == "large_inputs_are_copied_in_parts":
+        artifact = build(tmp_path / "large.so", code=make_large_code(), plan=make_large_plan())
+    result = run([sys.executable, HERE / file, case, artifact], gpu)
     assert result.returncode == 0, result.stderr
 
 
@@ -165,22 +174,22 @@ def test_without_a_driver(artifact, by):
 @on_x86
 def test_with_the_driver_of_long_ago(artifact, tmp_path):
     (tmp_path / "old.c").write_text('__attribute__((visibility("default"))) int cuInit(unsigned f) { return (int)f; }')
-    compile_library(tmp_path, tmp_path / "old.c")
-    result = run([sys.executable, "-c", LOAD, artifact], tmp_path)
+    build_library(tmp_path, tmp_path / "old.c")
+    result = run([sys.executable, "-c", LOAD, artifact], {"LD_LIBRARY_PATH": str(tmp_path)})
     assert result.stderr.splitlines()[-1].endswith(
         "tiny: the NVIDIA driver is too old: its libcuda.so.1 has no cuDriverGetVersion; update it to one for CUDA 13.0"
     )
 
 
 @on_x86
-def test_the_runner(standin, artifact, tmp_path):
+def test_the_runner(gpu, artifact, tmp_path):
     generator = np.random.default_rng(3)
     x, n = generator.standard_normal((ROWS, COLUMNS)).astype(np.float32), np.arange(3)
     np.save(tmp_path / "x.npy", x)
     np.save(tmp_path / "n.npy", n)
     files = ["--input", "x.npy", "--input", "n.npy", "--output", "y.npy", "--output", "m.npy"]
     files = [str(tmp_path / word) if word.endswith(".npy") else word for word in files]
-    result = run([artifact.with_name("tiny-run"), *files, "--bench", 3], standin)
+    result = run([artifact.with_name("tiny-run"), *files, "--bench", 3], gpu)
     assert result.returncode == 0 and "3 runs of cuda-sm_90" in result.stdout, result.stderr
     weights = np.random.default_rng(0).standard_normal(COLUMNS).astype(np.float32)
     wanted = np.exp(x * (2 * weights) + np.float32(1))[:, ::-1] + np.float32(1)
@@ -189,8 +198,9 @@ def test_the_runner(standin, artifact, tmp_path):
 
 
 @on_x86
-def test_a_runner_that_serves(standin, artifact, monkeypatch):
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(standin))
+def test_a_runner_that_serves(gpu, artifact, monkeypatch):
+    for name, value in gpu.items():
+        monkeypatch.setenv(name, value)
     with RunnerDevice([str(artifact.with_name("tiny-run"))], runtime.read_manifest(artifact)) as device:
         x, n = np.zeros((ROWS, COLUMNS), np.float32), np.arange(3)
         y, m = device.run((x, n))
@@ -203,13 +213,13 @@ def test_a_runner_that_serves(standin, artifact, monkeypatch):
 
 
 @on_x86
-def test_a_c_program_uses_it(standin, artifact, tmp_path):
+def test_a_c_program_uses_it(gpu, artifact, tmp_path):
     program = HERE.parent / "runtime" / "api_program.c"
     flags = ["-std=c99", "-pedantic", "-O2", "-fno-sanitize=undefined", "-Wall", "-Wextra", "-Werror", "-lm"]
-    flags += [f"-I{artifact.parent}", f"-Wl,-rpath,{artifact.parent}"]
+    flags += [f"-DALL={ROWS * COLUMNS}", f"-I{artifact.parent}", f"-Wl,-rpath,{artifact.parent}"]
     result = zig("cc", "-target", Host().zig, program, artifact, *flags, "-o", "main", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    result = run([tmp_path / "main"], standin)
+    result = run([tmp_path / "main"], gpu)
     assert result.returncode == 0 and result.stdout == "cuda-sm_90 on a GPU\n", result.stdout
 
 
@@ -249,14 +259,14 @@ def test_the_manifest_describes_the_launches(artifact):
     (version,) = runtime.read_manifest(artifact)["versions"]
     device = version["device"]
     assert (device["kind"], device["sm"], device["driver"], device["ptx_bytes"]) == ("cuda", "sm_90", 13000, len(PTX))
-    resources = {"registers": 32, "shared_bytes": 128, "local_bytes": 0, "most_threads": 1024}
+    resources = {"registers": 32, "shared_bytes": 128, "local_bytes": 0, "most_threads": 64}
     names = ["affine_kernel", "count_kernel", "double_kernel", "exp_kernel", "flip_kernel"]
     assert device["kernels"] == {name: resources for name in names}
     assert [[launch["function"] for launch in step] for step in device["launches"]] == [
         ["double_kernel"], ["affine_kernel"], ["exp_kernel", "flip_kernel"], ["count_kernel"],
     ]  # fmt: skip
     assert device["launches"][1][0] == {
-        "function": "affine_kernel", "grid": [2, 3, 4], "block": [256, 1, 1], "shared_bytes": 98304, "args": [0, 3, 4],
+        "function": "affine_kernel", "grid": [2, 3, 4], "block": [16, 1, 1], "shared_bytes": 98304, "args": [4, 3, 0],
     }  # fmt: skip
 
 
@@ -272,12 +282,12 @@ def changed(code, step, **changes):
         (lambda c: dataclasses.replace(c, launches=c.launches[1:]), "launches of 3 steps for 4"),
         (lambda c: dataclasses.replace(c, resources={}), "step double: kernel double_kernel is not among the kernels"),
         (
-            lambda c: changed(c, 1, block=(2048, 1, 1)),
+            lambda c: changed(c, 1, block=(128, 1, 1)),
             r"step affine: kernel affine_kernel cannot have blocks of",
         ),
         (lambda c: changed(c, 1, block=(0, 1, 1)), r"kernel affine_kernel cannot have blocks of \(0, 1, 1\)"),
         (lambda c: changed(c, 1, args=(0, 3, 99)), "kernel affine_kernel takes tensors that the plan does not have"),
-        (lambda c: changed(c, 1, args=(0, 3, 3)), r"step affine: no kernel takes its output \[4\]"),
+        (lambda c: changed(c, 1, args=(3, 3, 0)), r"step affine: no kernel takes its output \[4\]"),
         (lambda c: dataclasses.replace(c, sm="90"), "'90' is no architecture of a GPU"),
         (lambda c: dataclasses.replace(c, ptx=b""), "the PTX does not say which CUDA made it"),
     ],

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from driver_proxy import functions
 
 SOURCES = Path(__file__).parents[2] / "runtime" / "c"
 
@@ -93,8 +94,7 @@ def test_signatures(header, tmp_path):
     (tmp_path / "theirs.c").write_text('#define __CUDA_API_VERSION_INTERNAL\n#include "cuda.h"\n')
     text = re.sub(r"\s+", " ", compiled(tmp_path, "-E", "-P", f"-I{header.parent}", "theirs.c"))
     theirs = dict(re.findall(r"CUresult (cu\w+)\(([^()]*)\);", text))
-    ours = re.sub(r"[\s\\]+", " ", (SOURCES / "cuda_abi.h").read_text())
-    functions = re.findall(r"\bF\((cu\w+), \(([^()]*)\)\)", ours)
-    assert len(functions) == 39
-    for name, parameters in functions:
+    ours = functions()
+    assert len(ours) == 39
+    for name, parameters in ours:
         assert list(kinds(parameters)) == list(kinds(theirs[name])), name

@@ -1,4 +1,4 @@
-"""What test_driver.py runs, each function in a process of its own, in which libcuda.so.1 is standin_cuda.c.
+"""What driver_cases.py and driver_failures.py share: the proxy's controls, what the network computes, arrays on a GPU.
 
 python driver_cases.py FUNCTION ARTIFACT
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 
 import numpy as np
@@ -16,12 +17,10 @@ from bnncc.runtime.errors import ExecutionError
 from bnncc.runtime.gpu import DeviceArray
 from bnncc.runtime.gpu import _tensor_in as tensor_in
 
-ROWS, COLUMNS = 6, 1024
+ROWS, COLUMNS = 6, 64
 
-standin = ctypes.CDLL("libcuda.so.1")
-for _name in ("standin_calls", "standin_ran"):
-    getattr(standin, _name).restype = ctypes.c_char_p
-standin.standin_limits.argtypes = (ctypes.c_size_t, ctypes.c_int)
+proxy = ctypes.CDLL("libcuda.so.1")
+proxy.proxy_calls.restype = ctypes.c_char_p
 
 
 def weights() -> np.ndarray:
@@ -39,19 +38,18 @@ def inputs(seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
 def check(outputs, x, n) -> None:
     y, m = outputs
     wanted = np.exp(x * (2 * weights()) + np.float32(1))[:, ::-1] + np.float32(1)
-    np.testing.assert_allclose(y, wanted, rtol=1e-5)  # expf of two libraries
+    np.testing.assert_allclose(y, wanted, rtol=1e-5)  # one rounding of the exponent, and expf of two libraries
     np.testing.assert_array_equal(m, n + 1)
 
 
 def called(name: str) -> int:
-    return standin.standin_calls().decode().split().count(name)
+    return proxy.proxy_calls().decode().split().count(name)
 
 
-def ran() -> list[str]:
-    return standin.standin_ran().decode().split()
-
-
-NETWORK = ["affine_kernel", "exp_kernel", "flip_kernel", "count_kernel"]
+def gpu(**properties: int) -> None:
+    """What the emulated GPU is from now on; see `emulator.gpu.EmulatedGpu.environment`."""
+    properties = {"devices": 2, "capability": 90, **properties}
+    os.environ["BNNCC_EMULATED_GPU"] = " ".join(f"{name}={value}" for name, value in properties.items())
 
 
 def same(actual, wanted) -> None:
@@ -64,7 +62,7 @@ def refusal(path, device=None):
     try:
         runtime.load(path, device=device)
     except ExecutionError as error:
-        assert standin.standin_live() == 0 and standin.standin_depth() == 0
+        assert proxy.proxy_live() == 0 and proxy.proxy_depth() == 0
         return str(error)
     raise AssertionError("it was loaded")
 
@@ -100,25 +98,38 @@ class Array:
 
 
 class Stream:
-    """A stream of the caller's, as torch wraps it."""
+    """A stream of the caller's, as torch wraps it; its context is current as long as it is there."""
 
-    def __init__(self, session):
-        handle, instance = ctypes.c_void_p(), session._instance
-        standin.cuCtxPushCurrent_v2(ctypes.c_void_p(100))
-        assert instance.pointer and standin.cuStreamCreate(ctypes.byref(handle), 1) == 0
+    def __init__(self):
+        self._context, handle = ctypes.c_void_p(), ctypes.c_void_p()
+        assert proxy.cuDevicePrimaryCtxRetain(ctypes.byref(self._context), 0) == 0
+        assert proxy.cuCtxPushCurrent_v2(self._context) == 0
+        assert proxy.cuStreamCreate(ctypes.byref(handle), 1) == 0
         self.cuda_stream = handle.value
 
+    def copy(self, to, source, size):
+        words = (ctypes.c_uint64(to), ctypes.c_uint64(source), ctypes.c_size_t(size))
+        assert proxy.cuMemcpyAsync(*words, ctypes.c_void_p(self.cuda_stream)) == 0
+
     def synchronize(self):
-        assert standin.cuStreamSynchronize(ctypes.c_void_p(self.cuda_stream)) == 0
+        assert proxy.cuStreamSynchronize(ctypes.c_void_p(self.cuda_stream)) == 0
 
     def close(self):
-        assert standin.cuStreamDestroy_v2(ctypes.c_void_p(self.cuda_stream)) == 0
-        standin.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+        assert proxy.cuStreamDestroy_v2(ctypes.c_void_p(self.cuda_stream)) == 0
+        assert proxy.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())) == 0
+        assert proxy.cuDevicePrimaryCtxRelease_v2(0) == 0
+
+
+def fetch(instance, address, like):
+    """A copy of what lies there in the GPU's memory."""
+    array = np.empty_like(like)
+    instance.library.call("copy", instance.pointer, array.ctypes.data, address, array.nbytes)
+    return array
 
 
 def main(cases):
     """Runs the case that the command line names: FUNCTION ARTIFACT."""
     cases[sys.argv[1]](sys.argv[2])
     gc.collect()
-    assert standin.standin_live() == 0, "something was not given back"
-    assert standin.standin_depth() == 0, "a context stayed current"
+    assert proxy.proxy_live() == 0, "something was not given back"
+    assert proxy.proxy_depth() == 0, "a context stayed current"
