@@ -31,7 +31,7 @@ from .base import barrier
 from .bilinear import Bilinear, Counts, of_signs
 from .gemm import Gemm, ImplicitGemm, Product, Tile
 from .popcount import MOST_ROWS, Popcounts
-from .warp_mma import WarpMma, choose, from_lane_across, local, share, zeros
+from .warp_mma import WarpMma, choose, chosen, from_lane_across, local, zeros
 
 _ONES = 0xFFFFFFFF
 _EACH = 0x01010101
@@ -94,18 +94,25 @@ class BinaryMma(WarpMma):
     def _count(self) -> None:
         """Adds the popcounts of single planes: a lane's words are those of rows `quad` and `quad` + 8, or of a
         column."""
-        tile = self.tile
+        planes = self.gemm.planes
         if any(self.of_rows):
-            for i in range(self.down):
-                with share(self.warp_across, i % tile.warps_across, tile.warps_across):
-                    for half in range(2):
-                        words = [(c, self.a_of(p, i)[half::2]) for p, c in enumerate(self.of_rows)]
-                        _add_popcounts(self.row_counts, 2 * (i // tile.warps_across) + half, words)
+            for own in range(self.row_share):
+                fragments = [[self.a_of(p, i) for p in range(planes[0])] for i in self._shared(own, self.down, True)]
+                for half in range(2):
+                    words = [(c, p, half + 2 * part) for p, c in enumerate(self.of_rows) for part in range(2) if c]
+                    counted = [(c, chosen(self.warp_across, [f[p][n] for f in fragments])) for c, p, n in words]
+                    _add_popcounts(self.row_counts, 2 * own + half, counted)
         if any(self.of_columns):
-            for j in range(self.across):
-                with share(self.warp_down, j % tile.warps_down, tile.warps_down):
-                    words = [(c, self.b_of(q, j)) for q, c in enumerate(self.of_columns)]
-                    _add_popcounts(self.column_counts, j // tile.warps_down, words)
+            for own in range(self.column_share):
+                fragments = [[self.b_of(q, j) for q in range(planes[1])] for j in self._shared(own, self.across, False)]
+                words = [(c, q, n) for q, c in enumerate(self.of_columns) for n in range(2) if c]
+                counted = [(c, chosen(self.warp_down, [f[q][n] for f in fragments])) for c, q, n in words]
+                _add_popcounts(self.column_counts, own, counted)
+
+    def _shared(self, own: int, fragments: int, rows: bool) -> range:
+        """The fragments of which each warp of a row (column) of warps counts one."""
+        warps = self.tile.warps_across if rows else self.tile.warps_down
+        return range(own * warps, min(own * warps + warps, fragments))
 
     def _step_of_bytes(self, shift: Any) -> None:
         form, planes, kind = self.form, self.gemm.planes, "s32.s8.s8.s32"
@@ -171,13 +178,12 @@ def counts_of(form: Bilinear, gpu: Architecture) -> Counts:
     return min(counts, key=lambda c: c.popcounts)
 
 
-def _add_popcounts(counts: Any, at: int, words: Sequence[tuple[int, list[Any]]]) -> None:
+def _add_popcounts(counts: Any, at: int, words: Sequence[tuple[int, Any]]) -> None:
     """Adds factor · popcount of the words; sums modulo 2^32 are sums of int32."""
     total = counts[at]
-    for c, of_plane in words:
-        for word in of_plane if c else ():
-            count = tirx.popcount(word)
-            total = total + (count if c == 1 else count * tirx.const(c & _ONES, "uint32"))
+    for c, word in words:
+        count = tirx.popcount(word)
+        total = total + (count if c == 1 else count * tirx.const(c & _ONES, "uint32"))
     T.buffer_store(counts, total, [at])
 
 

@@ -115,8 +115,12 @@ class Copies:
             first = gemm.place(pixel, (zero, zero, zero), self.group, plane)
             self.own_windows.append((T.bind(first), pixel))
         self.own_weights: list[Any] = []
-        for r, plane in self._rows(self.weight_rows, tile.columns):
-            column = tirx.min(self.column + r, gemm.columns - 1) if gemm.columns % tile.columns else self.column + r
+        whole = gemm.columns % tile.columns == 0 and gemm.planes[1] == 1
+        for number, (r, plane) in enumerate(self._rows(self.weight_rows, tile.columns)):
+            if number and whole:
+                self.own_weights.append(self.own_weights[0] + number * self._rows_at_once * gemm.total_depth)
+                continue
+            column = self.column + r if whole else tirx.min(self.column + r, gemm.columns - 1)
             self.own_weights.append(T.bind(gemm.weight(self.group * gemm.columns + column, zero, plane)))
 
     def _rows(self, rows: int, of_plane: int) -> Iterator[tuple[Any, Any]]:
@@ -164,9 +168,15 @@ class Copies:
         T.evaluate(copy(self.address(to), T.address_of(line[where]), size, taken))
 
     def _into_registers(self, _: Any, line: Any, where: Any, inside: Any, register: int) -> None:
-        for word in range(self.run_words):
-            value = tirx.if_then_else(inside, line[where + word], tirx.const(0, str(line.dtype)))
-            T.buffer_store(self.ahead, tirx.reinterpret("uint32", value), [register + word])
+        count, zero = self.run_words, tirx.const(0, str(line.dtype))
+        if count == 1:
+            value = tirx.if_then_else(inside, line[where], zero)
+            T.buffer_store(self.ahead, tirx.reinterpret("uint32", value), [register])
+            return
+        # TVM is to see that the run begins at a multiple of its length.
+        begin = T.bind(tirx.floordiv(where, count)) * count
+        run = tirx.if_then_else(inside, line[tirx.Ramp(begin, 1, count)], tirx.Broadcast(zero, count))
+        T.buffer_store(self.ahead, tirx.reinterpret(f"uint32x{count}", run), [tirx.Ramp(register, 1, count)])
 
     def _from_registers(self, to: Any, line: Any, where: Any, inside: Any, register: int) -> None:
         for word in range(self.run_words):

@@ -142,7 +142,7 @@ class Gemm:
         pixel, step = self.pixel(row), self.step(at)
         return self.place(pixel, step, group, plane), self.inside(pixel, step)
 
-    def place(self, pixel: Sequence[Any], step: Sequence[Any], group: Any = 0, plane: Any = 0) -> Any:
+    def place(self, pixel: Sequence[Any], step: Sequence[Any], group: Any = None, plane: Any = 0) -> Any:
         """Where in `x` a pixel's window has its word or value (ky, kx, k). It is linear in all of them."""
         values = self._axes_at(pixel, step, group)
         indices = [substitute(index, values) for index in self.x_indices]
@@ -152,13 +152,13 @@ class Gemm:
 
     def inside(self, pixel: Sequence[Any], step: Sequence[Any]) -> Any:
         """Whether that is a place of `x` and not of the padding around it; None: always."""
-        values = self._axes_at(pixel, step, 0)
+        values = self._axes_at(pixel, step)
         conditions = [substitute(guard, values) for guard in self.guards]
         return functools.reduce(tirx.all, conditions) if conditions else None
 
-    def _axes_at(self, pixel: Sequence[Any], step: Sequence[Any], group: Any) -> dict[Any, Any]:
+    def _axes_at(self, pixel: Sequence[Any], step: Sequence[Any], group: Any = None) -> dict[Any, Any]:
         zero = tirx.const(0)
-        places = (*pixel, group, zero, zero, *step)
+        places = (*pixel, zero if group is None else group, zero, zero, *step)
         values = {axis: place for axis, place in zip(self.axes, places, strict=True) if axis is not None}
         return values | dict.fromkeys(self.inner, zero)
 

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
@@ -20,7 +20,7 @@ from tvm.script.ir_builder import tirx as T
 
 from bnncc.targets.cuda.descriptor import WARP, Architecture
 
-from .base import barrier, guarded
+from .base import barrier
 from .copies import Copies
 from .gemm import Gemm, Product, Tile, largest_that_fills, pitch
 
@@ -29,7 +29,7 @@ WORDS, ROWS, COLUMNS = 8, 16, 8
 
 #: From large to small. A warp's tile of 64 × 32 reads shared memory at half of its bandwidth while it multiplies.
 _TILES = (
-    Tile(128, 128, 2, 4, 0, 0),
+    Tile(128, 128, 2, 2, 0, 0),
     Tile(256, 64, 4, 2, 0, 0),
     Tile(128, 64, 4, 2, 0, 0),
     Tile(64, 64, 2, 2, 0, 0),
@@ -51,6 +51,8 @@ class WarpMma(Product):
     """
 
     parts = 1
+    #: Of the registers that hold sums.
+    sums_dtype: ClassVar[str] = "uint32"
 
     def __init__(self, gemm: Gemm, tile: Tile, gpu: Architecture) -> None:
         super().__init__(gemm, tile)
@@ -81,16 +83,20 @@ class WarpMma(Product):
         warp = tirx.floordiv(thread, WARP)
         self.warp_down = tirx.floordiv(warp, tile.warps_across)
         self.warp_across = tirx.floormod(warp, tile.warps_across)
-        self.sums = zeros("sums", self.down * self.across * 4 * self.parts)
+        self.sums = zeros("sums", self.down * self.across * 4 * self.parts, self.sums_dtype)
         self.a = local("a", self.down * 4 * planes[0])
         self.b = local("b", self.across * 2 * planes[1])
         self._allocate()
         self.copies.run(shared, thread, row, column, group, self._multiply)
         self._store()
         width = pitch(tile)
-        return lambda r, c: tirx.Cast(str(self.gemm.sums.dtype), shared[r * width + c])
+        return lambda r, c: self._sum(shared[r * width + c])
 
     # -- what products differ in -------------------------------------------------------------------------------------
+
+    def _sum(self, word: Any) -> Any:
+        """What a word of the tile's sums stands for, of the type of the anchor's."""
+        return tirx.Cast(str(self.gemm.sums.dtype), word)
 
     def _allocate(self) -> None:
         """Allocates further registers."""
@@ -190,18 +196,18 @@ class WarpMma(Product):
         barrier()
 
 
-def local(name: str, count: int) -> Any:
+def local(name: str, count: int, dtype: str = "uint32") -> Any:
     """Registers."""
-    buffer = T.alloc_buffer((count,), "uint32", scope="local")
+    buffer = T.alloc_buffer((count,), dtype, scope="local")
     IRBuilder.name(name, buffer)
     return buffer
 
 
-def zeros(name: str, count: int) -> Any:
+def zeros(name: str, count: int, dtype: str = "uint32") -> Any:
     """Registers that start as 0."""
-    buffer = local(name, count)
+    buffer = local(name, count, dtype)
     with T.unroll(0, count) as i:
-        T.buffer_store(buffer, tirx.const(0, "uint32"), [i])
+        T.buffer_store(buffer, tirx.const(0, dtype), [i])
     return buffer
 
 
@@ -210,9 +216,12 @@ def from_lane_across(value: Any, distance: int) -> Any:
     return T.cuda.__shfl_xor_sync(tirx.const(0xFFFFFFFF, "uint32"), value, distance, WARP)
 
 
-def share(warp: Any, own: int, warps: int) -> guarded:
-    """What one warp of several does."""
-    return guarded(warp == own, warps > 1)
+def chosen(warp: Any, values: Sequence[Any]) -> Any:
+    """The value that is this warp's; warps beyond them have the last. No branch: it would be as long for all warps."""
+    value = values[-1]
+    for number in range(len(values) - 2, -1, -1):
+        value = tirx.Select(warp == number, values[number], value)
+    return value
 
 
 def choose(gemm: Gemm, gpu: Architecture, make: Callable[[Tile], WarpMma]) -> WarpMma:
