@@ -15,14 +15,14 @@ from tvm import te, tirx
 
 from . import functions
 from .computes_pool import avg_pool2d, max_pool2d, mean, softmax
-from .scalars import clip_value, f32, fma, prelu_value, relu_value, rounded, sign_value, unless_nan
-from .stages import Padding, extents, mismatches_of, staged, window
+from .scalars import clip_value, f32, fma, prelu_value, relu_value, rounded, rounded_to, sign_value, unless_nan
+from .stages import ROLE, ROUNDED, Padding, extents, mismatches_of, staged, window
 
 __all__ = [
     "add", "avg_pool2d", "broadcast", "clip", "clip_value", "conv2d", "dense", "depthwise_conv2d", "divide",
     "elementwise", "fma", "leaky_relu", "max_pool2d", "mean", "multiply", "pad", "permute", "prelu", "prelu_value",
-    "relu", "relu_value", "rounded", "scale_shift", "sigmoid", "sign_value", "signs", "softmax", "subtract",
-    "tanh", "to_float", "unless_nan", "unpack_weights",
+    "relu", "relu_value", "rounded", "rounded_to", "scale_shift", "sigmoid", "sign_value", "signs", "softmax",
+    "subtract", "tanh", "to_float", "unless_nan", "unpack_weights",
 ]  # fmt: skip
 
 
@@ -156,25 +156,27 @@ def conv2d(
     out_channels: int,
     strides: tuple[int, int] = (1, 1),
     dilation: tuple[int, int] = (1, 1),
+    form: str = "",
 ) -> te.Tensor:
     """Float convolution: x [N, H, W, G·CI], already padded, by w [G, OB, KH, KW, CI, OL] → [N, OH, OW, out_channels].
 
+    form: what x is rounded to, as in `scalars.rounded_to`, if it is. The weights are so rounded already; of "float16"
+    they are, in words of two channels of the input, uint32 [G, OB, KH, KW, CI/2, OL].
     The sum's order is (KH, KW, CI) by fused multiply-adds; eager's differs, so the result is never exact.
     """
     batch, height, width, _ = extents(x)
     groups, blocks, kh, kw, depth, lanes = extents(w)
     oh, ow = window(height, kh, strides[0], dilation[0]), window(width, kw, strides[1], dilation[1])
-    i, j, k = te.reduce_axis((0, kh), "ky"), te.reduce_axis((0, kw), "kx"), te.reduce_axis((0, depth), "k")
-    sums = staged(
-        (batch, oh, ow, groups, blocks, lanes),
-        lambda n, y, x_, g, b, lane: te.sum(
-            x(n, y * strides[0] + i * dilation[0], x_ * strides[1] + j * dilation[1], g * depth + k)
-            * w(g, b, i, j, k, lane),
-            axis=[i, j, k],
-        ),
-        "conv2d",
-        "conv2d",
-    )
+    i, j, *of_depth = _axes(form, ky=kh, kx=kw, k=depth)
+
+    def term(n: Any, y: Any, x_: Any, g: Any, b: Any, lane: Any) -> Any:
+        weight, channel = _weight(w(g, b, i, j, of_depth[0], lane), of_depth)
+        pixel = n, y * strides[0] + i * dilation[0], x_ * strides[1] + j * dilation[1]
+        own = x(*pixel, g * (depth * len(of_depth)) + channel)
+        return te.sum(_operand(own, form) * weight, axis=[i, j, *of_depth])
+
+    shape = (batch, oh, ow, groups, blocks, lanes)
+    sums = te.compute(shape, term, name="conv2d", attrs=_attrs("conv2d", form))
     group_out = out_channels // groups
 
     def unblocked(n: Any, y: Any, x_: Any, o: Any) -> Any:
@@ -183,6 +185,34 @@ def conv2d(
         return sums(n, y, x_, g, b, lane)
 
     return te.compute((batch, oh, ow, out_channels), unblocked, name="unblocked")
+
+
+def _attrs(role: str, form: str) -> dict[str, str]:
+    return {ROLE: role, ROUNDED: form} if form else {ROLE: role}
+
+
+def _operand(x: Any, form: str) -> Any:
+    return rounded_to(x, form) if form else x
+
+
+def _axes(form: str, **extents_: int) -> list[Any]:
+    """Reduction axes; where the last counts pairs of values, one more for which of the two."""
+    pair = {"v": 2} if form == "float16" else {}
+    return [te.reduce_axis((0, extent), name) for name, extent in (extents_ | pair).items()]
+
+
+def _weight(word: Any, depth: Sequence[Any]) -> tuple[Any, Any]:
+    """A weight as float32, and the input's channel that it is for. depth: axes of the channels, or of pairs and which.
+
+    The exponent of a float16 is 112 smaller in bits, which a product makes up for; that is exact below infinity.
+    """
+    if len(depth) == 1:
+        return word, depth[0]
+    half = word >> (tirx.Cast("uint32", depth[1]) * tirx.const(16, "uint32"))
+    magnitude = tirx.reinterpret("float32", (half & tirx.const(0x7FFF, "uint32")) << tirx.const(13, "uint32"))
+    value = magnitude * f32(2.0**112)
+    negative = (half & tirx.const(0x8000, "uint32")) != tirx.const(0, "uint32")
+    return tirx.Select(negative, -value, value), depth[0] * 2 + depth[1]
 
 
 def depthwise_conv2d(
@@ -212,17 +242,17 @@ def depthwise_conv2d(
     return staged((batch, oh, ow, channels), product, "depthwise", "depthwise")
 
 
-def dense(x: te.Tensor, w: te.Tensor, *, out_channels: int) -> te.Tensor:
-    """x [N, K] by w [OB, K, OL] → [N, out_channels]."""
-    rows, depth = extents(x)
-    blocks, _, lanes = extents(w)
-    k = te.reduce_axis((0, depth), "k")
-    sums = staged(
-        (rows, blocks, lanes),
-        lambda n, b, lane: te.sum(x(n, k) * w(b, k, lane), axis=[k]),
-        "dense",
-        "dense",
-    )
+def dense(x: te.Tensor, w: te.Tensor, *, out_channels: int, form: str = "") -> te.Tensor:
+    """x [N, K] by w [OB, K, OL] → [N, out_channels]. form: as of `conv2d`, w of "float16" [OB, K/2, OL]."""
+    rows, _ = extents(x)
+    blocks, depth, lanes = extents(w)
+    reduced = _axes(form, k=depth)
+
+    def term(n: Any, b: Any, lane: Any) -> Any:
+        weight, channel = _weight(w(b, reduced[0], lane), reduced)
+        return te.sum(_operand(x(n, channel), form) * weight, axis=reduced)
+
+    sums = te.compute((rows, blocks, lanes), term, name="dense", attrs=_attrs("dense", form))
 
     def unblocked(n: Any, o: Any) -> Any:
         return sums(n, 0, o) if blocks == 1 else sums(n, tirx.floordiv(o, lanes), tirx.floormod(o, lanes))

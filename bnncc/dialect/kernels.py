@@ -23,7 +23,7 @@ from bnncc.dialect import (
     computes_planes,
     functions,
 )
-from bnncc.dialect.computes_float import clip_value, fma, relu_value, rounded
+from bnncc.dialect.computes_float import clip_value, fma, relu_value, rounded, rounded_to
 from bnncc.dialect.ops import attributes, dtype_of, op_name, shape_of
 from bnncc.runtime.bits import BitLayout, ByteLayout, Levels
 
@@ -125,6 +125,7 @@ _ATTRIBUTED: dict[str, Callable[[relax.Call], Callable[..., Any]]] = {
     "astype": lambda c: lambda a: tirx.Cast(dtype_of(c), a),
     "nn.leakyrelu": lambda c: _leaky_relu(attributes(c)["alpha"]),
     "bnncc.sign": lambda c: lambda a: computes_float.sign_value(a, attributes(c)["predicate"]),
+    "bnncc.round_to": lambda c: lambda a: rounded_to(a, attributes(c)["form"]),
     "bnncc.quantize": lambda c: _quantize(_scalar(c.args[1]), attributes(c)["first"], attributes(c)["most"]),
 }
 
@@ -240,7 +241,9 @@ def _pack_bytes(args: Sequence[Any], a: dict[str, Any], _: relax.Call) -> te.Ten
 
 
 def _conv2d(args: Sequence[Any], a: dict[str, Any], _: relax.Call) -> te.Tensor:
-    return computes_float.conv2d(*args, out_channels=a["out_channels"], strides=a["strides"], dilation=a["dilation"])
+    return computes_float.conv2d(
+        *args, out_channels=a["out_channels"], strides=a["strides"], dilation=a["dilation"], form=a.get("form", "")
+    )
 
 
 def _pack(args: Sequence[Any], a: dict[str, Any], _: relax.Call) -> te.Tensor:
@@ -303,7 +306,7 @@ _ANCHORS: dict[str, Lowered] = {
     "bnncc.depthwise_conv2d": lambda t, a, _: _windows(a).depthwise_conv2d(
         *t, strides=a["strides"], dilation=a["dilation"], padding=a.get("padding", (0, 0, 0, 0))
     ),
-    "bnncc.dense": lambda t, a, _: computes_float.dense(*t, out_channels=a["out_channels"]),
+    "bnncc.dense": lambda t, a, _: computes_float.dense(*t, out_channels=a["out_channels"], form=a.get("form", "")),
     "bnncc.unpack_weights": lambda t, a, _: computes_float.unpack_weights(t[0], a["shape"][-1], t[1]),
     "bnncc.pack": _pack,
     "bnncc.pack_levels": lambda t, a, _: computes_planes.pack_levels(

@@ -21,6 +21,7 @@ Semantic operators still speak of ±1 floats in the model's own shapes; the fusi
     rescale(acc, alpha)                                  acc · alpha, where eager rounds in another order: never exact
     quantize(x, scale) {first, most}                     the nearest of ``scale · (first + level)``, level 0 … most, in
                                                          the arithmetic of `bnncc.runtime.bits.Levels`
+    round_to(x) {form}                                   x as "tf32" or "float16" has it, see `scalars.rounded_to`
 
 Packed operators are what kernels compute. Activations are NHWC, packed tensors words (see `bnncc.runtime.bits`):
 
@@ -34,7 +35,8 @@ Packed operators are what kernels compute. Activations are NHWC, packed tensors 
     byte_conv2d(x, w, base[, correction, rows, cols]) {factor, wide, …} → int32 accumulator
     scale_shift(x, a, b) {axis}                          fma(x, a, b): batch norm exactly as ATen evaluates it
     conv2d(x, w), depthwise_conv2d, dense                float, weights laid out for the target's register tile;
-                                                         depthwise_conv2d {data_layout: "NCHW"} takes w [C, KH, KW]
+                                                         depthwise_conv2d {data_layout: "NCHW"} takes w [C, KH, KW];
+                                                         conv2d, dense {form} round x as `round_to` does
     unpack_weights(w)                                    float weights from bits, once per instance
     copy(x)                                              x, in memory of its own
     unfold_depth(x) {depth, kernel, stride, dilation,    images [N·D, H, W, C] → [N·OD, H, W, C·kernel]: beside each
@@ -246,6 +248,7 @@ _INFER: dict[str, Callable[[relax.Call, Any], Any]] = {
     "lookup": _same,
     "rescale": _same,
     "quantize": _same,
+    "round_to": _same,
     "copy": _same,
     "add_bias": _same,
     "scale_shift": _same,

@@ -71,3 +71,26 @@ def sign_value(x: Any, predicate: str) -> Any:
         return tirx.Select(x > zero, one, tirx.Select(x < zero, minus, zero))
     compare, negated = COMPARE[predicate]
     return tirx.Select(compare(x), minus, one) if negated else tirx.Select(compare(x), one, minus)
+
+
+def rounded_to(x: Any, form: str) -> Any:
+    """x rounded to what a tensor core multiplies, as float32; NaN stays NaN.
+
+    "tf32": to 10 bits behind the leading one, ties away from zero (PTX ISA, cvt.rna.tf32). "float16": as IEEE 754 has
+    it, ties to even, to infinity from 65520 on.
+    """
+    bits = tirx.reinterpret("uint32", x)
+    magnitude, infinite = bits & _u32(0x7FFFFFFF), _u32(0x7F800000)
+    if form == "tf32":
+        near = (bits + _u32(0x1000)) & _u32(0xFFFFE000)
+    else:
+        # Added to 2¹³ times its own power of two, or that of the least normal number, a float loses what is to go.
+        power = tirx.Select(magnitude < _u32(113 << 23), _u32(113 << 23), magnitude & infinite)
+        large = tirx.reinterpret("float32", power + _u32(13 << 23))
+        near = tirx.reinterpret("uint32", rounded(rounded(tirx.reinterpret("float32", magnitude) + large) - large))
+        near = tirx.Select(magnitude >= _u32(0x477FF000), infinite, near) | (bits & _u32(0x80000000))
+    return tirx.reinterpret("float32", tirx.Select(magnitude > infinite, bits, near))
+
+
+def _u32(value: int) -> Any:
+    return tirx.const(value, "uint32")

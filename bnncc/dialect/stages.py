@@ -15,8 +15,9 @@ a stage by its block annotation `ROLE`, never by its name:
     pack                 that integer narrowed to a byte
     levels               quantized values as small integers, before their bits are packed
     pad                  pixels around an image
-    conv2d               float products, axes [N, OH, OW, G, OB, OL] + reduction [KH, KW, CI]
-    dense                float products, axes [N, OB, OL] + reduction [K]
+    conv2d               float products, axes [N, OH, OW, G, OB, OL] + reduction [KH, KW, CI], or of float16
+                         [KH, KW, CI / 2, 2]
+    dense                float products, axes [N, OB, OL] + reduction [K] or [K / 2, 2]
     depthwise            float products, axes [N, OH, OW, C] + reduction [KH, KW]
     planar.rows          an image [N, C, H, W] as a window over planes reads it
     planar.max, .sum     windows over the planes of that image, axes [N, C, OH, OW] + reduction [KH, KW]; `Window`
@@ -55,6 +56,10 @@ WIDE = "bnncc.wide"
 
 #: Key of the annotation of a "binary_conv2d.total" of bit planes: what its pairs are, "xor", "and" or "and-".
 FORM = "bnncc.form"
+
+#: Key of the annotation of "conv2d" and "dense" that says what their operands are rounded to, where they are:
+#: "tf32" or "float16". Weights are so rounded already; of float16 they are, two channels of the input to a word.
+ROUNDED = "bnncc.rounded"
 
 #: Key of the annotation of "concat" that says of how many channels the runs are that all come from one tensor.
 RUN = "bnncc.run"

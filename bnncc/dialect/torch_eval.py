@@ -252,6 +252,14 @@ def _quantize(x: torch.Tensor, scale: torch.Tensor, first: int, most: int) -> to
     return torch.from_numpy(levels.values)[steps.long()]
 
 
+@_defines("bnncc.round_to", "form")
+def _round_to(x: torch.Tensor, form: str) -> torch.Tensor:
+    if form == "float16":
+        return x.to(torch.float16).to(torch.float32)
+    bits = x.contiguous().view(torch.int32)
+    return torch.where(x.isnan(), x, ((bits + 0x1000) & ~0x1FFF).view(torch.float32))
+
+
 @_defines("bnncc.scale_shift", "axis")
 def _scale_shift(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, axis: int | None) -> torch.Tensor:
     """fma(x, a, b), rounded once; a and b numbers, or vectors along `axis`."""

@@ -51,8 +51,8 @@ class Conv:
     def laid_out(self, weight: np.ndarray) -> np.ndarray:
         return reference.block_conv_weights(weight, self.groups, SM_90.conv_lanes(self.out // self.groups))
 
-    def compute(self, x: te.Tensor, w: te.Tensor) -> te.Tensor:
-        return F.conv2d(x, w, out_channels=self.out, strides=self.strides, dilation=self.dilation)
+    def compute(self, x: te.Tensor, w: te.Tensor, form: str = "") -> te.Tensor:
+        return F.conv2d(x, w, out_channels=self.out, strides=self.strides, dilation=self.dilation, form=form)
 
     def exact(self, x: np.ndarray, w: np.ndarray) -> np.ndarray:
         x, w = x.astype(np.float64), w.astype(np.float64)
@@ -71,8 +71,8 @@ class Dense:
     def laid_out(self, weight: np.ndarray) -> np.ndarray:
         return reference.block_dense_weights(weight, SM_90.conv_lanes(self.out))
 
-    def compute(self, x: te.Tensor, w: te.Tensor) -> te.Tensor:
-        return F.dense(x, w, out_channels=self.out)
+    def compute(self, x: te.Tensor, w: te.Tensor, form: str = "") -> te.Tensor:
+        return F.dense(x, w, out_channels=self.out, form=form)
 
     def exact(self, x: np.ndarray, w: np.ndarray) -> np.ndarray:
         return x.astype(np.float64) @ w.astype(np.float64).T
@@ -130,6 +130,71 @@ def test_sums(target: str) -> None:
         (got,) = emulated(f"k{i}", x, layer.laid_out(w))
         error = np.abs(got - layer.exact(x, w)) / bound(layer.exact(np.abs(x), np.abs(w)), layer.terms)
         assert error.max() <= 1, (layer, error.max())
+
+
+def rounded(values: np.ndarray, form: str) -> np.ndarray:
+    """As `bnncc.dialect.scalars.rounded_to`."""
+    if form == "float16":
+        return values.astype(np.float16).astype(np.float32)
+    return ((values.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def words(weight: np.ndarray, layer: Conv | Dense, form: str) -> np.ndarray:
+    """Weights that are rounded, as tensor cores take them."""
+    values = rounded(weight, form)
+    if isinstance(layer, Dense):
+        laid_out = reference.block_dense_weights(values, 1)
+    else:
+        laid_out = reference.block_conv_weights(values, layer.groups, 1)
+    if form == "tf32":
+        return laid_out
+    pairs = laid_out.reshape(*laid_out.shape[:-2], -1, 2)
+    return np.ascontiguousarray(pairs.astype(np.float16)).view(np.uint32)
+
+
+ROUNDED = [
+    Conv((1, 9, 9), 8, 40), Conv((2, 7, 6), 64, 72, (1, 1)), Conv((1, 12, 8), 16, 24, (3, 2), (2, 3), (3, 2), 2),
+    Conv((9, 1, 1), 24, 8, (1, 1)), Conv((1, 20, 20), 16, 130), Dense(1, 64, 10), Dense(5, 136, 33), Dense(70, 40, 96),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "form"),
+    [("cuda-sm_75", "float16"), ("cuda-sm_80", "tf32"), ("cuda-sm_90", "float16"), ("cuda-sm_90", "tf32")],
+)
+def test_sums_of_rounded_products(target: str, form: str) -> None:
+    rng = np.random.default_rng(4)
+    layers = [(layer, *layer.inputs(rng)) for layer in ROUNDED]
+    functions = {}
+    for i, (layer, x, w) in enumerate(layers):
+        functions[f"k{i}"] = function(lambda x, w, a=layer: a.compute(x, w, form), (x, words(w, layer, form)))
+    emulated = Emulated(tvm.IRModule(functions), CUDA_TARGETS[target])
+    kernels = re.findall(r"^extern .*?^}", emulated.lowered.source, re.M | re.S)
+    assert sum("mma_sync" in kernel for kernel in kernels) == len(layers)
+    for i, (layer, x, w) in enumerate(layers):
+        (got,) = emulated(f"k{i}", x, words(w, layer, form))
+        near = rounded(x, form), rounded(w, form)
+        error = np.abs(got - layer.exact(*near)) / bound(layer.exact(*map(np.abs, near)), layer.terms)
+        assert error.max() <= 1, (layer, error.max())
+
+
+@pytest.mark.parametrize("target", ["cuda-sm_75", "cuda-sm_80", "cuda-sm_90", "cuda-sm_120"])
+def test_rounded_products_compile_without_spills(target: str) -> None:
+    gpu = CUDA_TARGETS[target].gpu
+    large, small = Conv((32, 58, 58), 64, 128), Conv((1, 14, 14), 256, 512, (1, 1))
+    layers = {"large": large, "small": small, "one": Dense(1, 64, 96)}
+    functions = {}
+    for form in ("float16",) if target == "cuda-sm_75" else ("float16", "tf32"):
+        for name, layer in layers.items():
+            x, w = (np.zeros(a.shape, np.float32) for a in layer.inputs(np.random.default_rng(0)))
+            inputs = (x, words(w, layer, form))
+            functions[f"{name}_{form}"] = function(lambda x, w, a=layer, f=form: a.compute(x, w, f), inputs)
+    lowered = emit.lower(emit.schedule(tvm.IRModule(functions), CUDA_TARGETS[target]), CUDA_TARGETS[target])
+    image, _ = toolchain.compile_cuda(lowered.source, gpu.sm)
+    of = resources(image)
+    for (call,) in lowered.calls.values():
+        assert of[call.function].local_bytes == 0, (call, of[call.function])
+        assert blocks_per_sm(gpu, call.block[0], of[call.function].registers, call.shared_bytes) >= 1
 
 
 @pytest.mark.parametrize("layer", [Conv((1, 19, 19), 3, 72, (3, 3), (2, 2)), Conv((3, 8, 8), 32, 64)], ids=str)

@@ -9,6 +9,7 @@ from .base import Rule
 from .binary_mma import BinaryConv
 from .byte_mma import ByteConv
 from .float_conv import FloatConv, FloatDense
+from .float_mma import RoundedConv, RoundedDense
 from .nests import Elements, LoopNests
 from .pack import Ballots
 from .permute import Permute
@@ -20,7 +21,7 @@ from .softmax import Softmax
 def rules_for(target: CudaSpec) -> list[Rule]:
     """The rules of a target in the order they are tried: the more special first."""
     families = (
-        *(BinaryConv, PlaneConv, ByteConv, FloatConv, FloatDense),
+        *(BinaryConv, PlaneConv, ByteConv, RoundedConv, RoundedDense, FloatConv, FloatDense),
         *(Softmax, Permute, Means, Ballots, Elements, LoopNests),
     )
     return [rule(target) for rule in families]

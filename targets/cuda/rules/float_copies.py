@@ -92,11 +92,6 @@ class FloatCopies(Copies):
         self.stage_words = self.windows_words + tile.depth * tile.columns
         self.weights_line = gemm.columns
 
-    def run(self, shared: Any, thread: Any, row: Any, column: Any, group: Any, multiply: Callable[[Any], None]) -> None:
-        self.thread, self.row, self.column, self.group = thread, row, column, group
-        self._prepare()
-        super().run(shared, thread, row, column, group, multiply)
-
     # -- what no step changes ----------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:

@@ -27,6 +27,7 @@ from tvm.s_tir import Schedule
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
+from bnncc.dialect.stages import ROUNDED
 from bnncc.targets.rules.base import REDUCED, Stages
 
 from .base import BLOCKS_PER_SM, IF_THEN_ELSE, Rule
@@ -109,7 +110,7 @@ class Gemm:
         self.x, self.x_indices = x.source, list(x.indices)
         self.w, self.w_indices = w.source, w.indices
         self.guards = _guards_of(term, x)
-        self.values = 4 if str(self.w.dtype) == "int8" else 1
+        self.values = 4 if str(self.w.dtype) == "int8" else 2 if self.annotations.get(ROUNDED) == "float16" else 1
         of_windows = int(self.x.shape[3]) if len(self.x.shape) == 5 else 1
         of_weights = int(self.w.shape[4]) if len(self.w.shape) == 7 and self.values == 1 else 1
         self.planes = of_windows, of_weights

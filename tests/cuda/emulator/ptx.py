@@ -250,6 +250,9 @@ def _dp4a(words: Sequence[str], arguments: Arguments) -> str:
 
 
 def _cvt(words: Sequence[str], arguments: Arguments) -> str:
+    if words[1:] == ["rn", "f16", "f32"]:
+        d, a = _scalars(arguments, 2)
+        return _set(d, f"__builtin_bit_cast(uint16_t, (_Float16){a.as_type('float')})")
     if words[1:] == ["rn", "f16x2", "f32"]:
         d, high, low = _scalars(arguments, 3)
         halves = [f"__builtin_bit_cast(uint16_t, (_Float16){o.as_type('float')})" for o in (high, low)]
@@ -258,7 +261,8 @@ def _cvt(words: Sequence[str], arguments: Arguments) -> str:
     to, source = words[-2:]
     if words[1] == "rna" and (to, source) == ("tf32", "f32"):
         # Round to nearest, ties away from zero, to 10 bits of mantissa (PTX ISA 9.7.9.21).
-        return _set(d, f"(({a.as_type('uint32_t')} + 0x1000u) & 0xffffe000u)")
+        bits = a.as_type("uint32_t")
+        return _set(d, f"({bits} << 1 > 0xff000000u ? 0x7fffffffu : ({bits} + 0x1000u) & 0xffffe000u)")
     if "f" in source[0] and "f" not in to[0]:
         modes = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}
         if (source, words[1]) not in {("f32", m) for m in modes} or to not in ("s32", "u32"):
