@@ -237,11 +237,17 @@ _WINDOW = 64
 
 
 def is_planar(old: Any) -> bool:
-    """Whether a pool or depthwise convolution has a good kernel on the planes of an NCHW image."""
+    """Whether a pool, mean or depthwise convolution has a good kernel on the planes of an NCHW image."""
     name = op_name(old)
-    if name not in ("nn.max_pool2d", "nn.avg_pool2d", "nn.conv2d"):
+    if name not in ("nn.max_pool2d", "nn.avg_pool2d", "nn.conv2d", "nn.adaptive_avg_pool2d", "mean"):
         return False
     a = attributes(old)
+    if name in ("nn.adaptive_avg_pool2d", "mean"):
+        shape = shape_of(old.args[0])
+        image = len(shape) == 4 and shape[2] * shape[3] >= _ROW
+        if name == "mean":
+            return image and {axis % 4 for axis in a["axis"] or ()} == {2, 3}
+        return image and a["layout"] == "NCHW" and tuple(a["output_size"]) == (1, 1)
     if name != "nn.conv2d":
         layout, kernel, served = a["layout"], a["pool_size"], True
     elif is_const(old.args[1]):

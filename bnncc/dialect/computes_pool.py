@@ -12,7 +12,7 @@ from tvm import te, tirx
 from .functions import exp_of_negative
 from .larger import larger
 from .scalars import f32
-from .stages import Padding, extents, nearest, staged
+from .stages import ROLE, RUN_LENGTH, Padding, extents, nearest, staged
 
 
 def _pool_index(
@@ -175,12 +175,17 @@ def mean(x: te.Tensor, axes: Sequence[int], *, keepdims: bool = False) -> te.Ten
             index[axis] = var
         return x(*index)
 
-    sums = staged([shape[axis] for axis in kept], lambda *at: te.sum(read(at), axis=reduced), "sum", "reduction")
-    count = f32(float(math.prod(shape[axis] for axis in axes)))
+    count = math.prod(shape[axis] for axis in axes)
+    attrs: dict[str, Any] = {ROLE: "reduction"}
+    if kept and kept[-1] < axes[0]:
+        attrs[RUN_LENGTH] = count
+    sums = te.compute(
+        [shape[axis] for axis in kept], lambda *at: te.sum(read(at), axis=reduced), name="sum", attrs=attrs
+    )
     if keepdims:
         full = [1 if axis in axes else extent for axis, extent in enumerate(shape)]
-        return te.compute(full, lambda *at: sums(*(at[axis] for axis in kept)) / count, name="mean")
-    return te.compute([shape[axis] for axis in kept], lambda *at: sums(*at) / count, name="mean")
+        return te.compute(full, lambda *at: sums(*(at[axis] for axis in kept)) / f32(float(count)), name="mean")
+    return te.compute([shape[axis] for axis in kept], lambda *at: sums(*at) / f32(float(count)), name="mean")
 
 
 def softmax(x: te.Tensor) -> te.Tensor:

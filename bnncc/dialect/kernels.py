@@ -263,6 +263,8 @@ def _lookup(acc: te.Tensor, table: te.Tensor, a: dict[str, Any]) -> te.Tensor:
 
 
 def _adaptive(args: Sequence[Any], a: dict[str, Any], call: relax.Call) -> te.Tensor:
+    if a["layout"] == "NCHW":
+        return computes_float.mean(args[0], (2, 3), keepdims=True)
     _, height, width, _ = shape_of(call.args[0])
     _, oh, ow, _ = shape_of(call)
     if (oh, ow) == (1, 1):
@@ -347,6 +349,8 @@ def _pads_pixels(call: relax.Call) -> bool:
 
 
 def _divides(call: relax.Call) -> bool:
+    if attributes(call)["layout"] == "NCHW":
+        return shape_of(call)[2:] == (1, 1)
     return all(size % out == 0 for size, out in zip(shape_of(call.args[0])[1:3], shape_of(call)[1:3], strict=True))
 
 

@@ -14,6 +14,7 @@ from .nests import LoopNests
 from .permute import Permute
 from .planar import Planar
 from .register_tile import TiledAnchor, Tiles, default_tile
+from .run_sums import RunSums
 from .softmax import Softmax
 
 _TILED: tuple[type[TiledAnchor], ...] = (BinaryConv, LaneConv, BinaryConvBytes, ByteConv, Conv, Dense)
@@ -23,5 +24,5 @@ def rules_for(target: TargetSpec, tiles: Tiles = default_tile) -> list[Rule]:
     """The rules of a target in the order they are tried: the more special first. tiles: chooses their tiles."""
     return [
         *(rule(target, tiles) for rule in _TILED),
-        *(rule(target) for rule in (Permute, Softmax, Planar, LoopNests)),
+        *(rule(target) for rule in (Permute, Softmax, Planar, RunSums, LoopNests)),
     ]

@@ -151,6 +151,8 @@ STAY = {
     "a pool": lambda x: R_.nn.max_pool2d(x, pool_size=3, strides=2, padding=1),
     "a depthwise convolution": lambda x: R_.nn.relu(R_.nn.conv2d(x, const(D), padding=1, groups=4)),
     "a chain": lambda x: R_.nn.relu(R_.nn.avg_pool2d(R_.nn.relu(R_.nn.conv2d(x, const(D), groups=4)), pool_size=3)),
+    "a mean": lambda x: R_.mean(R_.nn.relu(x), [2, 3]),
+    "a global pool": lambda x: R_.reshape(R_.nn.adaptive_avg_pool2d(x, (1, 1)), (1, 4)),
     "a pool that is flattened": lambda x: R_.reshape(R_.nn.max_pool2d(x, pool_size=2, strides=2), (1, 784)),
 }
 MOVE = {
@@ -158,6 +160,8 @@ MOVE = {
         R_.nn.conv2d(x, const(RNG.normal(size=(4, 4, 1, 1)))), R_.nn.max_pool2d(x, pool_size=3, padding=1)
     ),
     "behind a convolution": lambda x: R_.nn.max_pool2d(R_.nn.conv2d(x, const(W)), pool_size=2),
+    "a global pool behind a convolution": lambda x: R_.nn.adaptive_avg_pool2d(R_.nn.conv2d(x, const(W)), (1, 1)),
+    "a pool to a few pixels": lambda x: R_.nn.adaptive_avg_pool2d(x, (2, 2)),
     "short rows": lambda x: R_.nn.max_pool2d(R_.strided_slice(x, [3], [0], [9]), pool_size=2),
     "a long stride": lambda x: R_.nn.max_pool2d(x, pool_size=2, strides=3),
     "a large window": lambda x: R_.nn.avg_pool2d(x, pool_size=9),

@@ -222,6 +222,34 @@ def test_global_mean(target: TargetSpec, shape: tuple) -> None:
     _assert_close_sums(built(x), x.astype(np.float64).mean((1, 2)), shape[1] * shape[2])
 
 
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((2, 5, 7, 7), (2, 3)), ((1, 3, 16, 16), (-1, -2)), ((1, 33, 5, 5), (2, 3)), ((3, 40, 31), (2,)),
+        ((2, 4, 3), (1, 2)), ((1, 1, 1), (1, 2)), ((6, 17), (1,)), ((2, 3, 4, 8, 2), (2, 3, 4)),
+    ],
+)  # fmt: skip
+def test_means_of_runs(target: TargetSpec, shape: tuple, axes: tuple) -> None:
+    x = _floats(*shape)
+    for keepdims in (False, True):
+        built = Kernel(target, lambda x: F.relu(F.mean(x, axes, keepdims=keepdims)), x)  # noqa: B023
+        assert {k.attrs[emit.SCHEDULED_BY] for k in built.scheduled.functions.values()} == {"sums of runs"}
+        expected = np.maximum(x.astype(np.float64).mean(axes, keepdims=keepdims), 0)
+        terms = math.prod(shape[axis] for axis in axes)
+        _assert_close_sums(built(x), expected, terms)
+
+
+def test_means_that_are_no_runs_are_left_to_loop_nests(target: TargetSpec) -> None:
+    x, y = _floats(2, 6, 20), _floats(2, 6, 20)
+    for f in (lambda x, y: F.mean(x, (0, 2)), lambda x, y: F.add(F.mean(x, (2,), keepdims=True), y)):
+        built = Kernel(target, f, x, y)
+        assert {k.attrs[emit.SCHEDULED_BY] for k in built.scheduled.functions.values()} == {"loop nests"}
+        expected = x.astype(np.float64).mean((0, 2))
+        if built(x, y).ndim == 3:
+            expected = x.astype(np.float64).mean(2, keepdims=True) + y
+        _assert_close_sums(built(x, y), expected, 40)
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 7, 7), (2, 5, 4, 16), (1, 6, 8, 5), (2, 16, 56, 1)])
 def test_channels_in_the_middle(target: TargetSpec, shape: tuple) -> None:
     """Images in the model's own layout: the axes behind the channels are one, and of a whole tensor all are."""
