@@ -186,10 +186,11 @@ class Builder:
         """Networks of one input and one output as one artifact, and what eager computes of inputs that `awkward`
         makes, of each the number as its seed."""
         modules, shapes = [module for _, module, _ in cases], [shape for *_, shape in cases]
+        model = _Branches(modules).eval()
         inputs = [torch.from_numpy(awkward(shape, seed)) for seed, shape in enumerate(shapes)]
         with torch.no_grad():
-            expected = [module(x).numpy() for module, x in zip(modules, inputs, strict=True)]
-        artifact = self._compile(_Branches(modules).eval(), inputs, "branches", spec)
+            expected = [output.numpy() for output in model(*inputs)]
+        artifact = self._compile(model, inputs, "branches", spec)
         return {
             "artifact": self._artifact(artifact, stem),
             "expected": self._save(stem, expected),

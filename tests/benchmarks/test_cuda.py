@@ -158,7 +158,8 @@ def _tiny(patch):
     built = zoo.Network(lambda: (_Small().eval(), torch.zeros(1, 3, 8, 8)), None)
     patch.setattr(cuda_build, "NETWORKS", {"QuickNet": built})
     patch.setattr(cuda_build, "NETWORKS_BUILT", ("QuickNet",))
-    cases = [cuda_build.small_case()]
+    name, module, shape = cuda_build.small_case()
+    cases = [(name, module.train(), shape)]  # what is built sees to evaluation mode itself
     patch.setattr(cuda_build, "GRIDS", ("layers",))
     patch.setattr(cuda_build, "grid", lambda kind: {f"{kind}-0": cases})
     patch.setattr(cuda_build, "float_twin", lambda model: torch.fx.symbolic_trace(_plain(model)))
