@@ -182,7 +182,7 @@ extern "C" __global__ void no_global_race(int* x, int* bytes, int* out) {
 extern "C" __global__ void division(int* x, int* out) { out[0] = 7 / x[0]; }
 extern "C" __global__ void far(int* x, int* out) { out[0] = x[1 << 30]; }
 extern "C" __global__ void too_deep(int* x, int* out) {
-  volatile int own[20000];
+  volatile int own[60000];
   own[x[0]] = 1;
   out[0] = own[x[0] + 1];
 }

@@ -12,8 +12,10 @@ floats, and memory that is not coherent between blocks.
 
 from __future__ import annotations
 
+import _ctypes
 import ctypes
 import tempfile
+import weakref
 from collections.abc import Sequence
 from enum import IntFlag
 from pathlib import Path
@@ -50,7 +52,9 @@ class EmulatedModule:
         self.kernels = {kernel.name: kernel for kernel in kernels}
         self.library = library
         self._folder = folder
-        self._launch = ctypes.CDLL(str(library)).emu_launch
+        code = ctypes.CDLL(str(library))
+        self._launch = code.emu_launch
+        weakref.finalize(self, _close, code)
 
     def launch(
         self,
@@ -106,6 +110,11 @@ def emulate(source: str, arch: str = "sm_90", *, contract: bool = False) -> Emul
     folder = tempfile.TemporaryDirectory(prefix="bnncc-emulated-")
     library = compile_library(program, Path(folder.name), contract)
     return EmulatedModule(kernels, library, folder)
+
+
+def _close(code: ctypes.CDLL) -> None:
+    code.emu_release()
+    _ctypes.dlclose(code._handle)
 
 
 def _dimensions(extents: Sequence[int]) -> ctypes.Array[ctypes.c_uint32]:

@@ -11,7 +11,9 @@ from .errors import EmulationError
 _HERE = Path(__file__).parent
 _RUNTIME = ("runtime.cpp", "memory.cpp", "global.cpp", "instructions.cpp")
 _FLAGS = ["-O2", "-g0", "-std=c++20", "-fPIC", "-nostdlib++", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden"]
-_FLAGS += ["-fno-sanitize=undefined", "-fno-strict-aliasing", "-fwrapv", "-fno-stack-protector", f"-I{_HERE}"]
+_FLAGS += ["-fno-sanitize=undefined", "-fno-strict-aliasing", "-fwrapv", "-fno-stack-protector"]
+# Large local arrays meet the page at the end of the thread's stack, and do not step over it.
+_FLAGS += ["-fstack-clash-protection", f"-I{_HERE}"]
 _FLAGS += [f"-I{_HERE / 'include'}", "-Wno-unused-command-line-argument"]
 # The hooks of the thread sanitizer before every access to memory, and nothing else of it. They know accesses of up to
 # 16 bytes, which is all that CUDA has: so no vectors of the host's.

@@ -20,7 +20,7 @@ enum : CUresult {
   kInvalidContext = 201,
   kNoBinary = CUDA_ERROR_NO_BINARY_FOR_GPU,
   kInvalidPtx = 218,
-  kUnsupportedPtx = CUDA_ERROR_UNSUPPORTED_PTX_VERSION,
+  kUnsupportedPtx = 222,
   kInvalidHandle = 400,
   kNotFound = 500,
   kIllegalAddress = CUDA_ERROR_ILLEGAL_ADDRESS,

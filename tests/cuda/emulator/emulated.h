@@ -65,6 +65,7 @@ void emu_mma(int kind, uint32_t* d EMU_OWN, const uint32_t* a EMU_OWN, const uin
              const uint32_t* c EMU_OWN, int line);
 
 // Called from outside. Each returns 0, or 1 with a message.
+EMU_EXPORT void emu_release();  // gives back what launches took
 EMU_EXPORT uint32_t emu_shared_limit();  // bytes that a block may have
 EMU_EXPORT int emu_kernel_at(uint32_t index, emu_kernel* out);
 EMU_EXPORT int emu_launch(const char* function, const uint32_t grid[3], const uint32_t block[3], uint32_t dynamic_shared,

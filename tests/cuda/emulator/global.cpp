@@ -28,7 +28,8 @@ struct Region {  // of memory that one or several arguments lie in
   Word* words;
 };
 
-constexpr size_t kMostRegions = 256;
+// Kept while they are few and small: what is kept of a region takes eight times its size.
+constexpr size_t kMostRegions = 256, kMostKept = 64 << 20;
 Region regions[kMostRegions];
 size_t region_count;
 Region* last_region;
@@ -109,7 +110,10 @@ void global_begin_launch(const Buffer* buffers, size_t count) {
   launch++;
   last_region = nullptr;
   second.size = 0;
-  for (size_t i = 0; i < count; i++) {
+  size_t kept = 0;
+  for (size_t i = 0; i < region_count; i++) kept += size_t(regions[i].end - regions[i].base);
+  if (kept > kMostKept || region_count + count > kMostRegions) global_release();
+  for (size_t i = 0; i < count && region_count < kMostRegions; i++) {
     auto base = reinterpret_cast<uint8_t*>(reinterpret_cast<uintptr_t>(buffers[i].base) & ~uintptr_t(3));
     uint8_t* end = buffers[i].base + buffers[i].size;
     bool known = false;
@@ -122,11 +126,14 @@ void global_begin_launch(const Buffer* buffers, size_t count) {
         drop(j);
         j = region_count;  // the region has grown: it may overlap more
       }
-    if (region_count == kMostRegions) drop(0);
     size_t bytes = (size_t(end - base) / 4 + 2) * sizeof(Word);
     void* words = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (words != MAP_FAILED) regions[region_count++] = {base, end, static_cast<Word*>(words)};
   }
+}
+
+void global_release() {
+  while (region_count) drop(region_count - 1);
 }
 
 static void settle() {

@@ -26,5 +26,6 @@ const char* place_of(const void* address);  // "byte 12 of buffer 0"
 void global_begin_launch(const Buffer* buffers, size_t count);
 void global_access(const void* address, size_t size, bool writes);
 void global_settle();
+void global_release();
 
 }  // namespace emu

@@ -5,6 +5,7 @@
 #include <stdarg.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -60,7 +61,7 @@ uint32_t block_number;
 
 namespace {
 
-constexpr size_t kStack = 64 * 1024, kGuard = 4096;
+constexpr size_t kStack = 128 * 1024, kGuard = 4096;
 
 Warp warps[kMostWarps];
 uint32_t thread_count, warp_count, alive_count, at_barrier_count;
@@ -385,6 +386,19 @@ extern "C" uint32_t emu_activemask(int line) {
 
 extern "C" void emu_trap(int line) { fail("trap at line %d", line); }
 extern "C" void emu_check_atomic(const void* address, size_t size) { check_atomic(address, size); }
+
+extern "C" void emu_release() {
+  global_release();
+  if (!stacks) return;
+  munmap(stacks, kMostThreads * kStack);
+  munmap(shared, kMostShared + kGuard);
+  stacks = nullptr;
+  for (Thread& t : threads) {
+    free(t.copies);
+    free(t.groups);
+    t = {};
+  }
+}
 
 extern "C" uint32_t emu_shared_limit() { return emu_most_shared; }
 
