@@ -20,7 +20,7 @@ _IO_ALIGNMENT = 4
 class Artifact:
     """A compiled network. versions: its plan and its kernels' object code, for each target that `target` stands for.
 
-    float_layers: "float32", or "int8" by opt-in; `quantized` are then the layers that it took.
+    float_layers: "float32", or by opt-in "int8", "tf32", "float16"; `quantized` are then the layers that it took.
     tuned: what tuning came to, a line for each version that was tuned.
     """
 

@@ -1,4 +1,4 @@
-"""The opt-in to int8: which float layers it takes, and the ranges of their inputs.
+"""The opt-ins to fewer bits: which float layers they take, and for int8 the ranges of their inputs.
 
 The model is evaluated by torch, in Relax, on inputs that its user considers typical; the least and the greatest value
 that each layer reads become its range. All of them, not a percentile: what clips is what the user did not show.
@@ -23,8 +23,9 @@ from bnncc.passes import pipeline
 from bnncc.passes.fuse_binary_conv import FuseBinaryConv
 from bnncc.passes.fuse_integer_conv import FuseIntegerConv
 from bnncc.passes.grids import Grids
+from bnncc.passes.lower_float import ROUNDED_CHANNELS
 from bnncc.passes.quantize_float import QuantizeFloat
-from bnncc.passes.rewriter import is_const, origins_of
+from bnncc.passes.rewriter import is_const, numpy_of, origins_of
 from bnncc.runtime.errors import BnnccError, InputError
 from bnncc.runtime.manifest import PortEntry
 from bnncc.runtime.parity import cut_batches
@@ -37,6 +38,9 @@ _LOG = logging.getLogger("bnncc")
 
 # Fits what was measured with and without AVX-512, for windows and channels of all sizes.
 _PACKING = 8
+
+#: What rounds to infinity.
+_FLOAT16_INFINITE = 65520
 
 _LAYERS = ("nn.conv1d", "nn.conv2d", "nn.conv3d", "matmul")
 
@@ -83,6 +87,28 @@ def gains(layer: relax.Call, speed: float) -> bool:
         window = int(np.prod(kernel))
     padded = -(-depth // 4) * 4
     return outputs * window * (depth - padded / speed) > _PACKING * inputs
+
+
+def rounded_layers(imported: Imported, form: str, keep_float: Sequence[str] = ()) -> tuple[QuantizedLayer, ...]:
+    """The float layers of a model whose operands are to be rounded to "tf32" or "float16": those that tensor cores then
+    multiply, which take vectors of input channels, and whose weights float16 can hold.
+
+    Raises BnnccError for a path in `keep_float` without float layers.
+    """
+    mod = pipeline.canonicalize(imported.mod)
+    layers, calls = _float_layers(mod), _layers(mod)
+    _check_paths(keep_float, layers)
+    chosen = []
+    for var, path in layers.items():
+        weight = numpy_of(calls[var].args[1])
+        channels = weight.shape[0] if is_call(calls[var], "matmul") else weight.shape[1]
+        fits = form != "float16" or bool((np.abs(weight) < _FLOAT16_INFINITE).all())
+        kept = any(_within(path, module) for module in keep_float)
+        if kept or channels % ROUNDED_CHANNELS[form] or not fits or not np.isfinite(weight).all():
+            _LOG.debug("rounded_layers: %s stays float32", var.name)
+            continue
+        chosen.append(QuantizedLayer(var.name, path, None, None, form))
+    return tuple(chosen)
 
 
 class QuantizedReference:

@@ -101,14 +101,15 @@ def _model_options(function: Any) -> Any:
 )
 @click.option(
     "--float-layers",
-    type=click.Choice(["float32", "int8"]),
+    type=click.Choice(["float32", "int8", "tf32", "float16"]),
     default="float32",
     show_default=True,
-    help="int8: float convolutions and linear layers compute with bytes; `bnncc validate` says what that costs.",
+    help="int8: float convolutions and linear layers compute with bytes; tf32, float16: on tensor cores of a GPU, with "
+    "floats so rounded. `bnncc validate` says what that costs.",
 )
 @click.option("--calibrate", type=_FILE, help="For int8: typical inputs, a .npz file as for `bnncc validate --data`.")
 @click.option(
-    "--keep-float", multiple=True, metavar="PATH", help="For int8: a module whose layers stay float; may be repeated."
+    "--keep-float", multiple=True, metavar="PATH", help="A module whose layers stay as they are; may be repeated."
 )
 @click.option(
     "--tune",
@@ -147,7 +148,7 @@ def compile_command(
         if isinstance(spec, CudaSpec):
             toolchain.compiler(spec.sm)  # and so is that nothing here can compile for it
     _check_folder(output, header, runner)
-    if (float_layers == "int8") != bool(calibrate) or (keep_float and not calibrate):
+    if (float_layers == "int8") != bool(calibrate):
         raise BnnccError(
             "--float-layers int8 and --calibrate inputs.npz go together: the inputs show the ranges of the activations"
         )
@@ -157,7 +158,8 @@ def compile_command(
         search.check(specs, tuning.Database.read(tuning.database_path()))
     calibration = _load_arrays(calibrate)[0] if calibrate else None
     name = name or _identifier(output.stem)
-    cached = model.endswith(".pt2") and Path(model).is_file() and not no_cache and not dump_ir and not calibrate
+    cached = model.endswith(".pt2") and Path(model).is_file() and not no_cache and not dump_ir
+    cached = cached and float_layers == "float32"
 
     def entry() -> cache.Entry:
         records = tuning.Database.read(tuning.database_path()).signature(specs)
@@ -351,7 +353,7 @@ def _inspect_artifact(artifact: Path, as_json: bool) -> None:
         ("weights", readable(manifest["weights_bytes"])),
     ]
     if quantized := dict.fromkeys(entry["path"] or entry["layer"] for entry in manifest.get("quantized", ())):
-        facts.append(("opt-in", f"int8 in {', '.join(quantized)}"))
+        facts.append(("opt-in", f"{manifest['float_layers']} in {', '.join(quantized)}"))
     for version in manifest["versions"]:
         device = version["device"]
         needs = f"a driver of CUDA {_release(device['driver'])}" if device else " ".join(version["features"])

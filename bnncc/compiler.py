@@ -15,11 +15,12 @@ from tvm import IRModule
 
 from bnncc import cache
 from bnncc.artifact import Artifact
-from bnncc.calibration import calibrate
+from bnncc.calibration import calibrate, rounded_layers
 from bnncc.dialect.plan import QuantizedLayer
 from bnncc.frontends.torch import Imported, export_model, to_relax
 from bnncc.models import is_onnx
 from bnncc.passes import pipeline
+from bnncc.passes.lower_float import ROUNDED_CHANNELS
 from bnncc.runtime.errors import BnnccError
 from bnncc.targets import search, tuning
 from bnncc.targets.cuda.descriptor import CudaSpec
@@ -32,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 CHANNELS_LAST = ("none", "inputs", "outputs", "both")
 """Values of `Options.channels_last`."""
 
-FLOAT_LAYERS = ("float32", "int8")
+FLOAT_LAYERS = ("float32", "int8", "tf32", "float16")
 """Values of `Options.float_layers`."""
 
 
@@ -49,9 +50,11 @@ class Options:
         and the tensors given to `validate`, stay in the model's axes.
     float_layers: "float32", or "int8": convolutions and dense layers that are neither binary nor quantized compute with
         8-bit integers where that is faster, and no longer what the model says; `validate` reports what it costs.
+        "tf32", "float16": for GPUs, they multiply floats rounded to that on tensor cores, where their input channels
+        are a multiple of 4, or 8.
     calibration: for "int8", typical inputs in the form that `validate` takes, or a mapping of input names to arrays:
         their activations give the ranges.
-    keep_float: for "int8", paths of modules whose layers stay float nevertheless.
+    keep_float: for all but "float32", paths of modules whose layers stay float nevertheless.
     tune: minutes for a search for better tiles (`bnncc.targets.search`), shared by all versions. It is kept in the
         tuning database (`bnncc.targets.tuning`), which every compilation reads.
     """
@@ -74,8 +77,10 @@ class Options:
                 "float_layers='int8' needs calibration inputs, which show the ranges of the activations: pass "
                 "calibration=[(x,), …]"
             )
-        if self.float_layers != "int8" and (self.calibration is not None or self.keep_float):
-            raise BnnccError("calibration and keep_float go with float_layers='int8'")
+        if self.float_layers != "int8" and self.calibration is not None:
+            raise BnnccError("calibration inputs go with float_layers='int8'")
+        if self.float_layers == "float32" and self.keep_float:
+            raise BnnccError("keep_float goes with float_layers='int8', 'tf32' or 'float16'")
         if self.tune is not None and not (self.tune > 0 and math.isfinite(self.tune)):
             raise BnnccError(f"tune is a positive number of minutes; {self.tune:g} was given")
 
@@ -115,12 +120,16 @@ def compile(
     processors = [spec for spec in specs if isinstance(spec, TargetSpec)]
     if options.calibration is not None and len(processors) < len(specs):
         raise BnnccError(f"float layers compute with int8 on processors, not on {asked}: leave that option out")
+    if options.float_layers in ROUNDED_CHANNELS:
+        _check_rounding(options.float_layers, specs)
     report("trace", 0, 1)
     imported = import_model(model, example_inputs)
     quantized: tuple[QuantizedLayer, ...] = ()
     if options.calibration is not None:
         report("calibrate", 0, 1)
         quantized = calibrate(imported, processors, options.calibration, options.keep_float)
+    elif options.float_layers in ROUNDED_CHANNELS:
+        quantized = rounded_layers(imported, options.float_layers, options.keep_float)
     cached = options.cache and not options.dump_ir
     digest = cache.module_digest(imported.mod) if cached else b""
 
@@ -137,6 +146,18 @@ def compile(
         if cached:
             entry().store(versions)
     return Artifact(name, asked, versions, options.float_layers, quantized, tuple(map(str, tuned)))
+
+
+def _check_rounding(form: str, specs: Sequence[AnyTarget]) -> None:
+    """Raises BnnccError where a target has no tensor cores for floats that are so rounded."""
+    for spec in specs:
+        if not isinstance(spec, CudaSpec):
+            raise BnnccError(
+                f"float_layers={form!r} is for GPUs, and {spec.name} is a processor: leave it out, or use 'int8'"
+            )
+        if form not in spec.rounded_forms:
+            known = " or ".join(map(repr, spec.rounded_forms))
+            raise BnnccError(f"float_layers={form!r} needs sm_80 or later, and {spec.name} is older: use {known}")
 
 
 def _compile_version(

@@ -6,9 +6,12 @@
     y = nn.conv2d(x, W, groups=I, data_layout="NCHW")  -->   y = bnncc.depthwise_conv2d(x, W'[I, KH, KW], padding,
                                                                                         data_layout="NCHW")
     y = matmul(x, W)                                   -->   y = bnncc.dense(x, W'[OB, K, OL])
+    v = bnncc.round_to(x) {form}; y = nn.conv2d(v, W)  -->   y = bnncc.conv2d(x, W'[G, O, KH, KW, I, 1]) {form}
 
 After `ToNHWC`. Weights of ±1 (times a scale per channel), whose layer stays float because its input is no sign, are
-stored as bits and unpacked once per instance (`bnncc.unpack_weights`). Declines weights that are no constants.
+stored as bits and unpacked once per instance (`bnncc.unpack_weights`). Products of rounded floats are for targets that
+have `rounded_forms`, and for channels that fill vectors; elsewhere values are rounded before the layer. Declines
+weights that are no constants.
 """
 
 from __future__ import annotations
@@ -25,13 +28,17 @@ from bnncc.dialect.ops import attributes, call, is_call, shape_of
 from bnncc.dialect.plan import Layer
 from bnncc.passes.fuse_binary_conv import binary_weight
 from bnncc.passes.nhwc_operators import is_planar
-from bnncc.passes.rewriter import Rewriter, is_const, module_pass, numpy_of
+from bnncc.passes.rewriter import Rewriter, is_const, module_pass, numpy_of, opt_ins_of
+
+#: Forms of rounded floats, and the number that input channels are a multiple of where they lie in vectors of 16 bytes.
+ROUNDED_CHANNELS = {"tf32": 4, "float16": 8}
 
 
 class _Lower(Rewriter):
     def __init__(self, mod: Any, target: Any):
         super().__init__(mod)
         self.target = target
+        self.opt_ins = opt_ins_of(self.func)
 
     def rewrite(self, var: Any, value: Any) -> Any | None:
         if is_call(value, "nn.conv2d") and is_const(value.args[1]):
@@ -55,8 +62,10 @@ class _Lower(Rewriter):
             x, padding = self.unpadded(value.args[0], a["padding"])
             around = {"padding": padding} if any(padding) else {}
             return call("depthwise_conv2d", [x, relax.const(depthwise)], **common, **around)
-        x = self.padded(var, value.args[0], a["padding"])
-        return call("conv2d", [x, self.packed(var, weight, a["groups"], "conv2d")], **common)
+        form = self.form_of(var, weight)
+        x = self.padded(var, self.unrounded(value.args[0]) if form else value.args[0], a["padding"])
+        packed = self.packed(var, weight, a["groups"], "conv2d", form)
+        return call("conv2d", [x, packed], **common, **({"form": form} if form else {}))
 
     def planar(self, var: Any, value: relax.Call) -> Any:
         a = attributes(value)
@@ -70,10 +79,41 @@ class _Lower(Rewriter):
 
     def dense(self, var: Any, value: relax.Call) -> Any:
         weight = np.ascontiguousarray(numpy_of(value.args[1]).T)[:, :, None, None]
-        return call("dense", [value.args[0], self.packed(var, weight, 1, "linear")], out_channels=weight.shape[0])
+        form = self.form_of(var, weight)
+        x = self.unrounded(value.args[0]) if form else value.args[0]
+        packed = self.packed(var, weight, 1, "linear", form)
+        return call("dense", [x, packed], out_channels=weight.shape[0], **({"form": form} if form else {}))
 
-    def packed(self, var: Any, weight: np.ndarray, groups: int, op: str) -> Any:
-        """The weights [O, I/groups, KH, KW] as [G, OB, KH, KW, I, OL], or for a linear layer [OB, K, OL]."""
+    def form_of(self, var: Any, weight: np.ndarray) -> str:
+        """What the operands of a layer are rounded to by a kernel that multiplies nothing else; "": it has none."""
+        form = self.opt_ins.get(var.name, "")
+        split = binary_weight(weight)
+        known = form in self.target.rounded_forms and weight.shape[1] % ROUNDED_CHANNELS[form] == 0
+        return form if known and (split is None or not split[0].all()) else ""
+
+    def unrounded(self, x: Any) -> Any:
+        """A layer's input as it was before `bnncc.round_to`. Zeros around it are zeros either way."""
+        bound = self.builder.lookup_binding(x) if isinstance(x, relax.Var) else None
+        if is_call(bound, "bnncc.round_to"):
+            return bound.args[0]
+        if is_call(bound, "nn.pad"):
+            inner = self.builder.lookup_binding(bound.args[0]) if isinstance(bound.args[0], relax.Var) else None
+            if is_call(inner, "bnncc.round_to"):
+                return self.emit(relax.Call(bound.op, [inner.args[0]], bound.attrs, bound.ty_args), f"{x.name}__float")
+        return x
+
+    def packed(self, var: Any, weight: np.ndarray, groups: int, op: str, form: str) -> Any:
+        """The weights [O, I/groups, KH, KW] as [G, OB, KH, KW, I, OL], or for a linear layer [OB, K, OL].
+
+        form: if any, OL is 1, and two channels of float16 are a word.
+        """
+        if form:
+            tiled = tile_weight(weight, groups, 1)
+            if form == "float16":
+                halves = tiled.astype(np.float16).reshape(*tiled.shape[:4], -1, 2)
+                tiled = np.ascontiguousarray(halves).view(np.uint32)
+            self.add_layer(var, op, weight, tiled.nbytes, 16 if form == "float16" else 32)
+            return relax.const(np.ascontiguousarray(tiled[0, :, 0, 0]) if op == "linear" else tiled)
         lanes = self.target.conv_lanes(weight.shape[0] // groups)
         split = binary_weight(weight)
         if split is None or not split[0].all():

@@ -1,11 +1,16 @@
-"""Float layers that their user opted in to quantize get 8-bit inputs of a calibrated range and 8-bit weights.
+"""Float layers that their user opted in to quantize get inputs and weights of fewer bits.
 
     y = nn.conv2d(x, W)   -->   v = bnncc.quantize(x, scale) {first, most=255}
                                 y = nn.conv2d(v, W')
 
 where W' is W rounded to −127 … 127 times a scale of each output channel, and v one of 256 values that span the range
 of x, with 0 among them, so that padding by zeros stays exact. Zeros that a pad puts around x are put around v. What
-makes integer sums of that is `FuseIntegerConv`, as for a model that is quantized itself. The rewritten layers are
+makes integer sums of that is `FuseIntegerConv`, as for a model that is quantized itself. Where the form is a float's,
+
+    y = nn.conv2d(x, W)   -->   v = bnncc.round_to(x) {form}
+                                y = nn.conv2d(v, W')
+
+and `LowerFloat` makes a product of rounded floats of that. The rewritten layers are
 entered in the table of opt-ins (`rewriter.OPT_INS`): their results are not the model's.
 
 Last of the canonicalising passes: what a layer reads has its final name, which the ranges go by
@@ -52,29 +57,44 @@ class _Quantize(LayerRewriter):
         if layer is None:
             return None
         source = self.definition[var].args[0]
-        weight = relax.const(quantize_weight(numpy_of(value.args[1]), axis))
+        own = numpy_of(value.args[1])
+        weight = relax.const(quantize_weight(own, axis) if layer.form == "int8" else round_weight(own, layer.form))
         return relax.Call(value.op, [self.input(source, layer), weight], value.attrs, value.ty_args)
 
     def input(self, source: Any, layer: QuantizedLayer) -> Any:
         """The layer's input, rounded; what only puts zeros around it comes behind that."""
         inner = self.definition[source].args[0] if is_zero_pad(self.definition.get(source)) else source
-        if layer.low is None or layer.high is None:
+        if layer.form == "int8" and (layer.low is None or layer.high is None):
             return self.replaced(source)
         if (inner, layer.low, layer.high) not in self.quantized:
-            scale, first = affine(layer.low, layer.high)
-            rounded = call("quantize", [self.replaced(inner), relax.const(scale)], first=first, most=MOST_LEVEL)
+            rounded = self.rounded(self.replaced(inner), layer)
             helper = Origin("", layer.path)
-            self.quantized[inner, layer.low, layer.high] = self.emit(rounded, f"{inner.name}__int8", helper)
+            self.quantized[inner, layer.low, layer.high] = self.emit(rounded, f"{inner.name}__{layer.form}", helper)
         rounded = self.quantized[inner, layer.low, layer.high]
         if inner.same_as(source):
             return rounded
         pad = self.definition[source]
-        return self.emit(relax.Call(pad.op, [rounded], pad.attrs, pad.ty_args), f"{source.name}__int8")
+        return self.emit(relax.Call(pad.op, [rounded], pad.attrs, pad.ty_args), f"{source.name}__{layer.form}")
+
+    @staticmethod
+    def rounded(x: Any, layer: QuantizedLayer) -> Any:
+        if layer.form != "int8":
+            return call("round_to", [x], form=layer.form)
+        assert layer.low is not None and layer.high is not None
+        scale, first = affine(layer.low, layer.high)
+        return call("quantize", [x, relax.const(scale)], first=first, most=MOST_LEVEL)
 
     def run(self) -> Any:
         mod = super().run()
-        mod["main"] = mod["main"].with_attr(OPT_INS, {name: "int8" for name in self.chosen})
+        mod["main"] = mod["main"].with_attr(OPT_INS, {name: layer.form for name, layer in self.chosen.items()})
         return mod
+
+
+def round_weight(weight: np.ndarray, form: str) -> np.ndarray:
+    """Finite weights as `bnncc.dialect.scalars.rounded_to` has them, float32."""
+    if form == "float16":
+        return weight.astype(np.float16).astype(np.float32)
+    return ((weight.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
 def is_zero_pad(expr: Any) -> bool:

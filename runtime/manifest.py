@@ -55,7 +55,7 @@ class TensorEntry(TypedDict):
 class StepEntry(TypedDict):
     """One kernel call. args: tensor ids, the last `outputs` of them written. exact: must be bit-equal to eager.
 
-    opt_in: "int8" where it computes a layer that its user opted in to quantize; else null.
+    opt_in: "int8", "tf32" or "float16" where it computes a layer that its user opted in to quantize; else null.
     """
 
     kernel: str
@@ -86,6 +86,7 @@ class QuantizedEntry(TypedDict):
     path: str
     low: float | None
     high: float | None
+    form: str
 
 
 class LaunchEntry(TypedDict):
@@ -158,8 +159,8 @@ class Manifest(TypedDict):
     the machine has. weights: of all versions together, equal ones once. io_alignment: callers' buffers so aligned are
     used in place.
 
-    float_layers: "float32", or "int8" by opt-in; `quantized` are then the float layers that compute with 8-bit
-    integers. What the compiler adds on its own account stands beside these keys.
+    float_layers: "float32", or by opt-in "int8", "tf32" or "float16"; `quantized` are then the float layers that
+    compute with these. What the compiler adds on its own account stands beside these keys.
     """
 
     format: int

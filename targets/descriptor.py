@@ -10,7 +10,7 @@ import difflib
 import functools
 import platform
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from bnncc.runtime.bits import BitLayout
 from bnncc.runtime.errors import BnnccError
@@ -108,6 +108,9 @@ class TargetSpec:
         spares a count by table of eight: 1.45 times the products. With AVX2, where it takes five, 1.07 times.
         """
         return self.popcount == "table" and self.masks
+
+    #: Floats of fewer bits than 32 that it multiplies faster than those: none.
+    rounded_forms: ClassVar[tuple[str, ...]] = ()
 
     @property
     def planar_windows(self) -> bool:

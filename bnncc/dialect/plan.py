@@ -50,7 +50,7 @@ class Tensor:
 class Step:
     """One kernel call. `args` are tensor ids in the kernel's parameter order, the `outputs` last of them written.
 
-    opt_in: "int8" where it computes a layer that its user opted in to quantize; None: as the model says.
+    opt_in: "int8", "tf32" or "float16" where it computes a layer that its user opted in to quantize; None: as the model says.
     """
 
     kernel: str
@@ -77,16 +77,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A float layer that computes with 8-bit integers because its user opted in.
+    """A float layer that computes with fewer bits because its user opted in.
 
     layer: variable of its sum, before a bias. path: of its module. low, high: the range that its input is rounded in;
-    None where its input is quantized by the model.
+    None where its input is quantized by the model. form: "int8"; or "tf32", "float16": floats of fewer bits, which need
+    no range.
     """
 
     layer: str
     path: str
     low: float | None
     high: float | None
+    form: str = "int8"
 
 
 @dataclass(frozen=True)

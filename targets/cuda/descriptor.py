@@ -106,6 +106,12 @@ class CudaSpec:
     word_bits = WARP
     carry_save = False
     planar_windows = False
+
+    @property
+    def rounded_forms(self) -> tuple[str, ...]:
+        """Floats of fewer bits that tensor cores multiply, adding up 32-bit floats."""
+        return ("float16",) if self.gpu.capability < (8, 0) else ("tf32", "float16")
+
     #: Padding of packed activations with bit 0 happens while a convolution reads them.
     pads_while_reading = True
 

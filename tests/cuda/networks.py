@@ -12,29 +12,37 @@ from torch import nn
 from tvm.ir import IRModule
 
 from bnncc.compiler import import_model
+from bnncc.dialect.plan import QuantizedLayer
 from bnncc.passes import pipeline
 from bnncc.targets.cuda import emit
 from bnncc.targets.cuda.descriptor import CUDA_TARGETS
 
+_ALIGNMENT = 256
 
-def lowered(model: nn.Module, inputs: Sequence[torch.Tensor], target: str) -> tuple[Any, Any, emit.Lowered]:
-    """The plan of a network, the launches of its steps and their CUDA C."""
+
+def lowered(
+    model: nn.Module, inputs: Sequence[torch.Tensor], target: str, quantized: Sequence[QuantizedLayer] = ()
+) -> tuple[Any, Any, emit.Lowered]:
+    """The plan of a network, the launches of its steps and their CUDA C. quantized: layers of an opt-in."""
     spec = CUDA_TARGETS[target]
-    mod = pipeline.run(import_model(model, tuple(inputs)).mod, spec)
+    mod = pipeline.run(import_model(model, tuple(inputs)).mod, spec, quantized=quantized)
     kernels = {gvar.name_hint: func for gvar, func in mod.functions_items() if gvar.name_hint != "main"}
     code = emit.lower(emit.schedule(IRModule(kernels), spec), spec)
     return *emit.place(pipeline.plan_memory(mod, "model"), code), code
 
 
-def run(model: nn.Module, inputs: Sequence[torch.Tensor], target: str) -> list[np.ndarray]:
+def run(
+    model: nn.Module, inputs: Sequence[torch.Tensor], target: str, quantized: Sequence[QuantizedLayer] = ()
+) -> list[np.ndarray]:
     """The outputs of a network for these inputs."""
-    plan, launches, code = lowered(model, inputs, target)
+    plan, launches, code = lowered(model, inputs, target, quantized)
     module = emulate(code.source, CUDA_TARGETS[target].sm)
     memory = {
-        "arena": np.full(plan.arena_bytes, 0xA5, np.uint8),
-        "persistent": np.full(plan.persistent_bytes, 0xA5, np.uint8),
-        "weights": np.frombuffer(bytearray(plan.weights), np.uint8),
+        "arena": _aligned(plan.arena_bytes),
+        "persistent": _aligned(plan.persistent_bytes),
+        "weights": _aligned(len(plan.weights)),
     }
+    memory["weights"][:] = np.frombuffer(plan.weights, np.uint8)
     outside: dict[tuple[str, int], np.ndarray] = {}
     arrays = {}
     for tensor in plan.tensors:
@@ -50,3 +58,10 @@ def run(model: nn.Module, inputs: Sequence[torch.Tensor], target: str) -> list[n
         given = [arrays[i] for i in call.args]
         module.launch(call.function, call.grid, call.block, call.shared_bytes, *given)
     return [arrays[i].copy() for i in plan.outputs]
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Bytes that begin as a GPU's memory does, filled with what must not survive."""
+    memory = np.full(size + _ALIGNMENT, 0xA5, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size]
