@@ -33,7 +33,9 @@ class Torch:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         torch.set_grad_enabled(False)
+        # Once for all: entering a stream for each replay would cost torch microseconds.
         self._stream = torch.cuda.ExternalStream(gpu.stream, device=self._device)
+        torch.cuda.set_stream(self._stream)
 
     def convolution(self, kind: str, size: int, channels: int, batch: int, repeats: int) -> Contender:
         """So many runs of a 3×3 convolution of that shape; `kind` is of the first two of `KINDS`."""
@@ -53,11 +55,9 @@ class Torch:
         host, back = image.cpu().pin_memory(), result.cpu().pin_memory()
 
         def from_host(stream: int) -> None:
-            with self._torch.cuda.stream(self._stream):
-                image.copy_(host, non_blocking=True)
+            image.copy_(host, non_blocking=True)
             run(stream)
-            with self._torch.cuda.stream(self._stream):
-                back.copy_(result, non_blocking=True)
+            back.copy_(result, non_blocking=True)
 
         return run, from_host
 
@@ -71,18 +71,15 @@ class Torch:
             torch._dynamo.reset()
             model = torch.compile(model, mode="max-autotune-no-cudagraphs")  # the graph is captured below, as for all
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            for _ in range(3):  # what is found and allocated at first is not part of the graph
-                result = model(x)
-        self._stream.synchronize()
+        for _ in range(3):  # what is found and allocated at first is not part of the graph
+            result = model(x)
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             for _ in range(repeats):
                 result = model(x)
 
         def run(stream: int) -> None:
-            with torch.cuda.stream(self._stream):
-                graph.replay()
+            graph.replay()
 
         run.__dict__["holds"] = (model, x, result, graph)  # as long as the contender
         return run, x, result

@@ -344,7 +344,7 @@ def torch_on_the_cpu(monkeypatch):
     for name, value in {
         "is_available": lambda: True, "set_device": lambda device: None, "CUDAGraph": Graph,
         "ExternalStream": lambda handle, device: types.SimpleNamespace(synchronize=lambda: None),
-        "stream": lambda stream: contextlib.nullcontext(), "graph": lambda graph: contextlib.nullcontext(),
+        "set_stream": lambda stream: None, "graph": lambda graph: contextlib.nullcontext(),
         "empty_cache": lambda: None, "synchronize": lambda: None,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, value)

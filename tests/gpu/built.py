@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -14,6 +14,8 @@ from benchmarks.cuda_inputs import awkward
 from bnncc.runtime.errors import BnnccError
 from bnncc.runtime.session import Session
 from bnncc.runtime.values import StoredValue
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def as_tuple(outputs: Any) -> tuple[np.ndarray, ...]:
 
 class OnTheCpu:
     """The reference of a parity check (`bnncc.runtime.parity.Reference`): the artifact of the same network for a CPU,
-    which tests elsewhere hold to eager PyTorch. It takes one sample at a time, whatever the GPU's batch."""
+    which tests elsewhere hold to eager PyTorch. It takes one sample at a time, whatever the GPU's batch, and each that
+    differs once."""
 
     def __init__(self, path: Path) -> None:
         self.session = Session(path)
@@ -65,11 +68,11 @@ class OnTheCpu:
         self.session.close()
 
     def outputs(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        samples = [as_tuple(self.session(*sample)) for sample in _samples(inputs)]
+        samples = _each_once(inputs, lambda sample: as_tuple(self.session(*sample)))
         return [np.concatenate(parts) for parts in zip(*samples, strict=True)]
 
     def values(self, inputs: Sequence[np.ndarray], nodes: set[str]) -> dict[str, np.ndarray]:
-        samples = [self._values(sample) for sample in _samples(inputs)]
+        samples = _each_once(inputs, self._values)
         if lacking := nodes - samples[0].keys():
             raise BnnccError(f"the CPU's artifact has no values {', '.join(sorted(lacking))}")
         return {node: np.concatenate([sample[node] for sample in samples]) for node in nodes}
@@ -97,5 +100,13 @@ class OnTheCpu:
                 found[value.node] = decoded if value.order is None else decoded.transpose(np.argsort(value.order))
 
 
-def _samples(inputs: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-    return [[array[i : i + 1] for array in inputs] for i in range(len(inputs[0]))]
+def _each_once(inputs: Sequence[np.ndarray], compute: Callable[[list[np.ndarray]], T]) -> list[T]:
+    """What is computed of each sample of a batch, of equal ones once."""
+    found: dict[tuple[bytes, ...], T] = {}
+    keys = []
+    for i in range(len(inputs[0])):
+        sample = [array[i : i + 1] for array in inputs]
+        keys.append(tuple(array.tobytes() for array in sample))
+        if keys[-1] not in found:
+            found[keys[-1]] = compute(sample)
+    return [found[key] for key in keys]

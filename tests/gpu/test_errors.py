@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks.cuda_device import count
+from benchmarks.cuda_device import GpuError, count
+from bnncc.runtime.container import read_manifest
 from bnncc.runtime.errors import ExecutionError
 from bnncc.runtime.session import load
 
@@ -44,19 +45,23 @@ def test_for_an_earlier_architecture(built):
 
 
 def test_out_of_memory(built, gpu):
-    """Another program has nearly all of the GPU's memory; when it is gone, the artifact runs."""
-    path = built.path(built.section("demo")["artifact"])
-    load(path, device="cuda").close()  # what the context itself takes
-    taken, size = [], gpu.memory[1]
-    while size >= 1 << 12:
-        try:
-            taken.append(gpu.allocate(size))
-        except Exception:  # no piece so large is left
-            size //= 2
-    message = _refused(path)
-    assert "out of memory" in message and "take a smaller batch" in message
-    taken.clear()
-    load(path, device="cuda").close()
+    """Nearly all of the GPU's memory is taken; when it is given back, the artifact runs. The largest artifact that was
+    built, of which a first instance has the code and the weights there already."""
+    batches = [*built.index.get("networks", {}).values()]
+    names = [*(name for entry in batches for name in entry["batches"].values()), built.section("demo")["artifact"]]
+    paths = map(built.path, names)
+    arena, path = max((read_manifest(path)["versions"][0]["arena_bytes"], path) for path in paths)
+    with load(path, device="cuda"):
+        taken, size = [], gpu.memory[1]
+        while size >= min(arena // 2, 64 << 20):  # CUDA's own needs are left
+            try:
+                taken.append(gpu.allocate(size))
+            except GpuError:  # no piece so large is left
+                size //= 2
+        message = _refused(path)
+        assert "out of memory" in message and "take a smaller batch" in message
+        taken.clear()
+        load(path, device="cuda").close()
 
 
 def test_a_gpu_that_is_not_there(built):

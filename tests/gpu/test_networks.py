@@ -17,6 +17,9 @@ pytestmark = pytest.mark.gpu
 
 NETWORKS = ("ResnetE18", "QuickNet", "BinaryDenseNet28")
 
+#: Images of a batch that differ; more would take the CPU long, and the memory of all their values.
+_DISTINCT = 8
+
 
 def _check(artifact, cpu, images, layer_batches=1):
     """Whether the parity check on the GPU finds nothing; prints what it found."""
@@ -43,25 +46,12 @@ def test_demo_network(built):
     assert abs(right - entry["right"]) <= 1  # as the demo has it: one image may stand on the edge
 
 
-@pytest.mark.parametrize("batch", [1, 32])
+@pytest.mark.parametrize("batch", [1, 32, 256])
 @pytest.mark.parametrize("network", NETWORKS)
 def test_networks(network, batch, built):
     entry = built.section("networks", network)
     artifact = built.section("networks", network, "batches", str(batch))
-    images = image(read_manifest(built.path(artifact))["inputs"][0]["shape"], 1)
-    assert len(images) == batch
-    _check(built.path(artifact), built.path(entry["cpu"]), images)
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-def test_largest_batch(network, built):
-    """Copies of 32 images: every copy gives the same bits, so the batch as a whole is as right as one of them."""
-    one = built.path(built.section("networks", network, "batches", "32"))
-    many = built.path(built.section("networks", network, "batches", "256"))
-    images = image((32, 3, 224, 224), 2)
-    with load(one, device="cuda") as small, load(many, device="cuda") as large:
-        expected, outputs = small(images), large(np.concatenate([images] * 8))
-    parts = outputs.reshape(8, *expected.shape)
-    assert all(np.array_equal(part, parts[0]) for part in parts)
-    # Tiles, and with them the order of float sums, may be others than at batch 32; signs that flip by that are few.
-    assert np.mean(parts[0].argmax(1) == expected.argmax(1)) > 0.9
+    count, *rest = read_manifest(built.path(artifact))["inputs"][0]["shape"]
+    assert count == batch
+    images = image((min(batch, _DISTINCT), *rest), 1)
+    _check(built.path(artifact), built.path(entry["cpu"]), np.resize(images, (batch, *rest)))
