@@ -51,7 +51,8 @@ _get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_cha
 
 def _tensor_in(capsule: object) -> _Tensor:
     """What a capsule holds, as long as the capsule lives."""
-    return _ManagedTensor.from_address(_get_pointer(capsule, b"dltensor")).tensor
+    tensor: _Tensor = _ManagedTensor.from_address(_get_pointer(capsule, b"dltensor")).tensor
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,14 @@ def is_on_gpu(value: Any) -> bool:
     if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack_device__"):
         return False
     return value.__dlpack_device__()[0] in (_CUDA, _CUDA_MANAGED)
+
+
+def stream_handle(stream: Any) -> int:
+    """The CUstream of an integer, or of an object that has one as torch's streams do. Raises InputError."""
+    handle = getattr(stream, "cuda_stream", stream)
+    if not isinstance(handle, int):
+        raise InputError(f"stream is {stream!r}; an integer (a CUstream) or a torch.cuda.Stream is expected")
+    return handle
 
 
 def view(value: Any, stream: int) -> View:

@@ -31,7 +31,7 @@ class Instance:
         self.library = library
         self.lock = threading.RLock()  # a session that takes its own output in asks the output for its capsule
         self._users = 1
-        self._counting = threading.RLock()  # the garbage collector gives memory back at any moment, also in `retain`
+        self._guard = threading.RLock()  # the garbage collector gives memory back at any moment, also in `retain`
         self._spare: dict[int, list[int]] | None = {}
         pointer = library.create_on(None if version is None else version.encode(), device)
         if not pointer:
@@ -52,28 +52,27 @@ class Instance:
 
     def device_block(self, size: int) -> DeviceBlock:
         """Memory of the device. Raises ExecutionError."""
-        spare = None if self._spare is None else self._spare.get(size)
-        try:
+        with self._guard:
+            spare = self._spare.get(size) if self._spare else None
             address = spare.pop() if spare else None
-        except IndexError:  # another thread was faster
-            address = None
         return DeviceBlock(self, address or self._allocate(self.library.device_alloc, size), size)
 
     def close(self) -> None:
         """For the owner: gives back what is spare, and all when nothing else is in use."""
-        spare, self._spare = self._spare, None
+        with self._guard:
+            spare, self._spare = self._spare, None
         for address in (address for addresses in (spare or {}).values() for address in addresses):
             self.library.device_free(self.pointer, address)
         self.release()
 
     def retain(self) -> None:
         """Counts a piece of memory that is in use."""
-        with self._counting:
+        with self._guard:
             self._users += 1
 
     def release(self) -> None:
         """Gives up what `retain` counted."""
-        with self._counting:
+        with self._guard:
             self._users -= 1
             if self._users:
                 return
@@ -87,11 +86,12 @@ class Instance:
         return address
 
     def _give_block(self, address: int, size: int) -> None:
-        spare = self._spare
-        if spare is None:
+        with self._guard:
+            kept = self._spare is not None
+            if self._spare is not None:  # the next run wants as much; to free and allocate would make the GPU wait
+                self._spare.setdefault(size, []).append(address)
+        if not kept:
             self.library.device_free(self.pointer, address)
-        else:  # allocating and freeing would make the GPU wait; the next run wants as much
-            spare.setdefault(size, []).append(address)
         self.release()
 
     def _give_host(self, address: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bnncc.runtime.errors import InputError
-from bnncc.runtime.gpu import DeviceArray, View, is_on_gpu, view
+from bnncc.runtime.gpu import DeviceArray, View, is_on_gpu, stream_handle, view
 from bnncc.runtime.instance import Instance
 from bnncc.runtime.library import Library
 from bnncc.runtime.manifest import Manifest, PortEntry, VersionEntry, tensor_bytes, version_named
@@ -263,7 +263,7 @@ class Session:
         return list(out)
 
     def _run_on_gpu(self, inputs: Sequence[Any], out: Sequence[Any] | None, stream: Any) -> list[Any]:
-        handle = self._instance.stream if stream is None else int(getattr(stream, "cuda_stream", stream))
+        handle = self._instance.stream if stream is None else stream_handle(stream)
         _check_count(self.inputs, inputs, "input")
         if out is not None:
             _check_count(self.outputs, out, "output")

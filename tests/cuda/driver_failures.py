@@ -1,5 +1,6 @@
 """The rest of what test_driver.py runs: which GPU is taken, what is refused, and what a failure leaves behind."""
 
+import itertools
 import os
 
 from driver_tools import Array, called, check, gpu, inputs, main, proxy, refusal, same
@@ -50,6 +51,12 @@ def refuses_gpu_arrays_that_do_not_fit(path):
                 assert message in str(error) and "\n" not in str(error), error
             else:
                 raise AssertionError(message)
+        try:
+            session(a, b, stream="mine")
+        except InputError as error:
+            same(str(error), "stream is 'mine'; an integer (a CUstream) or a torch.cuda.Stream is expected")
+        else:
+            raise AssertionError("a text was taken for a stream")
 
 
 def says_what_is_missing(path):
@@ -189,15 +196,18 @@ def a_failure_while_loading_leaves_nothing(path):
 
 def a_failure_while_running_is_one_line(path):
     """The same for runs, after which the next one works."""
-    x, n = inputs()
+    seeds = itertools.count()  # so that no result of an earlier run is right
     with runtime.load(path) as session:
-        arrays = Array(session, x), Array(session, n)
-        outputs = Array(session, x), Array(session, n)
+        arrays, outputs = ([Array(session, value) for value in inputs()] for _ in range(2))
 
         def on_host():
+            x, n = inputs(next(seeds))
             check(session(x, n), x, n)
 
         def on_gpu():
+            x, n = inputs(next(seeds))
+            for array, value in zip(arrays, (x, n), strict=True):
+                array.set(value)
             session(*arrays, out=outputs)
             check([output.array.numpy() for output in outputs], x, n)
 
