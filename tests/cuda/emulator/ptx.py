@@ -63,8 +63,9 @@ def _set(target: Operand, value: str) -> str:
     return f"{target.name} = emu::put<{target.carrier}>({value});" if target.name else ";"
 
 
-def _binary(expression: str) -> Callable[[Sequence[str], Arguments], str]:
+def _binary(expression: str, modifier: str = "") -> Callable[[Sequence[str], Arguments], str]:
     def translate(words: Sequence[str], arguments: Arguments) -> str:
+        _exactly(words[1:-1], modifier)
         d, a, b = _scalars(arguments, 3)
         t = _type(words[-1])
         return _set(d, f"({t})({expression.format(a=a.as_type(t), b=b.as_type(t), t=t, bits=words[-1][1:])})")
@@ -72,13 +73,20 @@ def _binary(expression: str) -> Callable[[Sequence[str], Arguments], str]:
     return translate
 
 
-def _unary(expression: str, result: str = "") -> Callable[[Sequence[str], Arguments], str]:
+def _unary(expression: str, result: str = "", modifier: str = "") -> Callable[[Sequence[str], Arguments], str]:
     def translate(words: Sequence[str], arguments: Arguments) -> str:
+        _exactly(words[1:-1], modifier)
         d, a = _scalars(arguments, 2)
         t = _type(words[-1])
         return _set(d, f"({result or t})({expression.format(a=a.as_type(t), t=t)})")
 
     return translate
+
+
+def _exactly(words: Sequence[str], *expected: str) -> None:
+    """Modifiers change what an instruction does: one that is not known is refused."""
+    if list(words) != [word for word in expected if word]:
+        raise ValueError
 
 
 def _scalars(arguments: Arguments, count: int) -> list[Operand]:
@@ -120,6 +128,7 @@ def _mma(words: Sequence[str], arguments: Arguments) -> str:
 def _ldmatrix(words: Sequence[str], arguments: Arguments) -> str:
     if words[1:4] != ["sync", "aligned", "m8n8"] or words[-1] != "b16":
         raise ValueError
+    _exactly(words[5:-1], *(word for word in ("trans", "shared") if word in words))
     count = int(words[4][1:])
     out, address = _group(arguments[0]), arguments[1]
     if len(out) != count or isinstance(address, list):
@@ -131,6 +140,7 @@ def _ldmatrix(words: Sequence[str], arguments: Arguments) -> str:
 def _stmatrix(words: Sequence[str], arguments: Arguments) -> str:
     if words[1:4] != ["sync", "aligned", "m8n8"] or words[-1] != "b16":
         raise ValueError
+    _exactly(words[5:-1], *(word for word in ("trans", "shared") if word in words))
     address, values = arguments[0], _group(arguments[1])
     if isinstance(address, list) or len(values) != int(words[4][1:]):
         raise ValueError
@@ -139,16 +149,19 @@ def _stmatrix(words: Sequence[str], arguments: Arguments) -> str:
 
 
 def _cp_async(words: Sequence[str], arguments: Arguments) -> str:
-    if "shared" not in words and "shared::cta" not in words:
+    if set(words[3:]) - {"shared", "shared::cta", "global", "L2::64B", "L2::128B", "L2::256B"}:
         raise ValueError
     to, source, size, *more = (a for a in arguments if isinstance(a, Operand))
-    filled = more[0].as_type("uint32_t") if more else f"(uint32_t){size.name}"
+    filled = f"(uint32_t){size.name}"
+    if more:  # how many bytes to read, or a predicate under which none are
+        filled = f"({more[0].name} ? 0 : {filled})" if more[0].carrier == "bool" else more[0].as_type("uint32_t")
     if len(more) > 1 or len(more) + 3 != len(arguments):
         raise ValueError
     return f"emu_cp_async({to.as_type('uint32_t')}, (const void*){source.name}, {size.name}, {filled});"
 
 
 def _shuffle(words: Sequence[str], arguments: Arguments) -> str:
+    _exactly(words[3:], "b32")
     kind = ["up", "down", "bfly", "idx"].index(words[2])
     d, a, b, c, mask = _scalars(arguments, 5)
     values = ", ".join(o.as_type("uint32_t") for o in (b, c))
@@ -164,6 +177,7 @@ def _vote(words: Sequence[str], arguments: Arguments) -> str:
 
 
 def _redux(words: Sequence[str], arguments: Arguments) -> str:
+    _exactly(words[1:2] + words[4:], "sync")
     names = ["add", "min.u32", "max.u32", "min.s32", "max.s32", "and", "or", "xor"]
     name = words[2] if words[2] in names else f"{words[2]}.{words[3]}"
     d, a, mask = _scalars(arguments, 3)
@@ -179,6 +193,7 @@ def _barrier(words: Sequence[str], arguments: Arguments) -> str:
 
 
 def _setp(words: Sequence[str], arguments: Arguments) -> str:
+    _exactly(words[2:-1])
     d, a, b = _scalars(arguments, 3)
     operator = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}[words[1]]
     t = _type(words[-1])
@@ -186,12 +201,14 @@ def _setp(words: Sequence[str], arguments: Arguments) -> str:
 
 
 def _selp(words: Sequence[str], arguments: Arguments) -> str:
+    _exactly(words[1:-1])
     d, a, b, p = _scalars(arguments, 4)
     t = _type(words[-1])
     return _set(d, f"{p.name} ? {a.as_type(t)} : {b.as_type(t)}")
 
 
 def _mov(words: Sequence[str], arguments: Arguments) -> str:
+    _exactly(words[1:-1])
     d, a = arguments
     t = _type(words[-1])
     if isinstance(d, list) and isinstance(a, Operand):
@@ -223,12 +240,14 @@ _SPECIAL |= {"%laneid": f"({_RANK}) % 32", "%warpid": f"({_RANK}) / 32"}
 
 
 def _lop3(words: Sequence[str], arguments: Arguments) -> str:
+    _exactly(words[1:], "b32")
     d, a, b, c, table = _scalars(arguments, 5)
     return _set(d, f"emu::lop3({', '.join(o.as_type('uint32_t') for o in (a, b, c))}, {table.name})")
 
 
-def _three(expression: str) -> Callable[[Sequence[str], Arguments], str]:
+def _three(expression: str, modifier: str = "") -> Callable[[Sequence[str], Arguments], str]:
     def translate(words: Sequence[str], arguments: Arguments) -> str:
+        _exactly(words[1:-1], modifier)
         d, a, b, c = _scalars(arguments, 4)
         t = _type(words[-1])
         return _set(d, f"({t})({expression.format(a=a.as_type(t), b=b.as_type(t), c=c.as_type(t))})")
@@ -237,13 +256,13 @@ def _three(expression: str) -> Callable[[Sequence[str], Arguments], str]:
 
 
 def _funnel(words: Sequence[str], arguments: Arguments) -> str:
+    _exactly(words[2:], "wrap", "b32")
     d, a, b, c = _scalars(arguments, 4)
-    if words[2] != "wrap":
-        raise ValueError
     return _set(d, f"__funnelshift_{words[1]}({', '.join(o.as_type('uint32_t') for o in (a, b, c))})")
 
 
 def _dp4a(words: Sequence[str], arguments: Arguments) -> str:
+    _exactly(words[3:])
     d, a, b, c = _scalars(arguments, 4)
     kinds = ", ".join({"s32": "int8_t", "u32": "uint8_t"}[w] for w in words[1:3])
     return _set(d, f"emu::dp4a<{kinds}>({a.as_type('uint32_t')}, {b.as_type('uint32_t')}, {c.as_type('int32_t')})")
@@ -274,10 +293,14 @@ def _cvt(words: Sequence[str], arguments: Arguments) -> str:
     return _set(d, f"({_type(to)})({a.as_type(_type(source))})")
 
 
+# Spaces and widths, and caches, which are not emulated.
+_WAYS = {"global", "shared", "v2", "v4", "nc", "ca", "cg", "cs", "L1::no_allocate", "L2::64B", "L2::128B", "L2::256B"}
+
+
 def _load(words: Sequence[str], arguments: Arguments) -> str:
     t = _type(words[-1])
     out, address = _group(arguments[0]), arguments[1]
-    if isinstance(address, list) or not {"global", "shared"} & set(words):
+    if isinstance(address, list) or not {"global", "shared"} & set(words) or set(words[1:-1]) - _WAYS:
         raise ValueError
     place = _place(words, address, t, len(out))
     values = " ".join(_set(o, f"from[{i}]") for i, o in enumerate(out))
@@ -287,7 +310,7 @@ def _load(words: Sequence[str], arguments: Arguments) -> str:
 def _store(words: Sequence[str], arguments: Arguments) -> str:
     t = _type(words[-1])
     address, values = arguments[0], _group(arguments[1])
-    if isinstance(address, list) or not {"global", "shared"} & set(words):
+    if isinstance(address, list) or not {"global", "shared"} & set(words) or set(words[1:-1]) - _WAYS:
         raise ValueError
     place = _place(words, address, t, len(values))
     return f"{{ auto to = {place}; {' '.join(f'to[{i}] = {o.as_type(t)};' for i, o in enumerate(values))} }}"
@@ -335,16 +358,16 @@ _FAMILIES: dict[str, Callable[[Sequence[str], Arguments], str]] = {
     "setp": _setp,
     "selp": _selp,
     "add": _binary("{a} + {b}"),
-    "add.rn": _binary("emu::fadd({a}, {b})"),
+    "add.rn": _binary("emu::fadd({a}, {b})", "rn"),
     "sub": _binary("{a} - {b}"),
-    "sub.rn": _binary("emu::fsub({a}, {b})"),
-    "mul.lo": _binary("{a} * {b}"),
-    "mul.rn": _binary("emu::fmul({a}, {b})"),
+    "sub.rn": _binary("emu::fsub({a}, {b})", "rn"),
+    "mul.lo": _binary("{a} * {b}", "lo"),
+    "mul.rn": _binary("emu::fmul({a}, {b})", "rn"),
     "mul": _binary("{a} * {b}"),
-    "div.rn": _binary("{a} / {b}"),
-    "fma.rn": _three("__builtin_fmaf({a}, {b}, {c})"),
-    "mad.lo": _three("{a} * {b} + {c}"),
-    "sqrt.rn": _unary("sqrtf({a})"),
+    "div.rn": _binary("{a} / {b}", "rn"),
+    "fma.rn": _three("__builtin_fmaf({a}, {b}, {c})", "rn"),
+    "mad.lo": _three("{a} * {b} + {c}", "lo"),
+    "sqrt.rn": _unary("sqrtf({a})", modifier="rn"),
     "and": _binary("{a} & {b}"),
     "or": _binary("{a} | {b}"),
     "xor": _binary("{a} ^ {b}"),
