@@ -70,8 +70,8 @@ class StepParity:
     step: for quantized values the distance of two neighbours; the mismatches of an inexact step are then values that
         were rounded to the other side.
     downstream: some step before it, or itself, is inexact, so that in the whole run it may see other inputs than eager.
-    opt_in: "int8", "tf32" or "float16" for a layer that is quantized because its user said so; `isolated` is then measured against the model
-        with such layers quantized, and `cost` against eager.
+    opt_in: "int8", "tf32" or "float16" for a layer that is quantized because its user said so; `isolated` is then
+        measured against the model with such layers quantized, and `cost` against eager.
     isolated: outputs when fed with eager's own inputs. whole: outputs in the whole run.
     low, high: the range of eager's values there and 0, for an opt-in.
     """

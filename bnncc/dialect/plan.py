@@ -50,7 +50,8 @@ class Tensor:
 class Step:
     """One kernel call. `args` are tensor ids in the kernel's parameter order, the `outputs` last of them written.
 
-    opt_in: "int8", "tf32" or "float16" where it computes a layer that its user opted in to quantize; None: as the model says.
+    opt_in: "int8", "tf32" or "float16" where it computes a layer that its user opted in to quantize; None: as the model
+    says.
     """
 
     kernel: str

@@ -148,7 +148,8 @@ def test_the_interface_of_a_gpu_works_on_the_cpu(tiny, tmp_path):
     tiny.build(tmp_path / "net.so", header=tmp_path / "tiny.h")
     program = Path(__file__).with_name("api_program.c")
     flags = ["-std=c99", "-pedantic", "-O2", "-fno-sanitize=undefined", "-Wall", "-Wextra", "-Werror", "-Wl,-rpath,."]
-    result = zig("cc", "-target", tiny.X86.zig, program, "net.so", "-DALL=6144", "-I.", *flags, "-lm", "-o", "main", cwd=tmp_path)
+    sources = [program, "net.so", "-DALL=6144", "-I."]
+    result = zig("cc", "-target", tiny.X86.zig, *sources, *flags, "-lm", "-o", "main", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     ran = subprocess.run(["./main"], cwd=tmp_path, timeout=60, capture_output=True, text=True)
     assert ran.returncode == 0 and ran.stdout == "x86-64-v2 on the CPU\n", ran.stdout

@@ -147,8 +147,8 @@ class Epilogue:
             for number, (bits, _) in enumerate(self.packs):
                 # Where channels fill no whole word, the predicate knows which bits are padding.
                 place = group * self.group_channels + (within if self.group_channels % WARP else safe)
-                index = (*pixel, tirx.floordiv(place, 8), tirx.floormod(place, 8))
-                bit = _evaluated(bits.value, dict(zip(bits.axes, index, strict=True)), known)
+                bit_index = (*pixel, tirx.floordiv(place, 8), tirx.floormod(place, 8))
+                bit = _evaluated(bits.value, dict(zip(bits.axes, bit_index, strict=True)), known)
                 words[number].append(T.bind(T.cuda.ballot_sync(tirx.const(_ALL_LANES, "uint32"), bit)))
         for (_, packed), ballots in zip(self.packs, words, strict=True):
             self._store_words(packed, ballots, lane, pixel, column, group, ragged)

@@ -22,7 +22,8 @@ from tvm.sym import Analyzer
 
 from .base import guarded
 from .copies import Copies
-from .gemm import Gemm, Tile, flat, substitute
+from .gemm import Gemm, Tile, flat
+from .graph import substitute
 
 #: Values of 16 bytes.
 VECTOR = 4

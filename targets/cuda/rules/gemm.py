@@ -21,8 +21,7 @@ from typing import Any, ClassVar
 
 import tvm_ffi
 from tvm import tirx
-from tvm.ir import Call, Var
-from tvm.ir.expr import TensorLoad
+from tvm.ir import Call
 from tvm.s_tir import Schedule
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
@@ -32,15 +31,11 @@ from bnncc.targets.rules.base import REDUCED, Stages
 
 from .base import BLOCKS_PER_SM, IF_THEN_ELSE, Rule
 from .epilogue import Epilogue
+from .graph import loads, substitute
 from .nests import LoopNests
 from .split import split
 
 logger = logging.getLogger(__name__)
-
-
-def substitute(expr: Any, values: dict[Any, Any]) -> Any:
-    """The expression with these variables replaced."""
-    return tvm_ffi.structural_map(expr, [(Var, lambda var: values.get(var, var))])
 
 
 def flat(buffer: Any, indices: Sequence[Any]) -> Any:
@@ -49,13 +44,6 @@ def flat(buffer: Any, indices: Sequence[Any]) -> Any:
     for size, index in zip(buffer.shape, indices, strict=True):
         at = at * int(size) + index
     return at
-
-
-def loads(expr: Any) -> list[Any]:
-    """The elements of buffers that an expression reads."""
-    found: list[Any] = []
-    tvm_ffi.structural_walk(expr, [(TensorLoad, found.append)])
-    return found
 
 
 @dataclass(frozen=True)
@@ -261,23 +249,22 @@ def _kernel(gemm: Gemm, product: Product, epilogue: Epilogue) -> Any:
     """The body of the kernel's function."""
     tile = product.tile
     down, across = -(-gemm.rows // tile.rows), -(-gemm.columns // tile.columns)
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("kernel")
-            with (
-                T.launch_thread("blockIdx.x", down * across * gemm.groups) as block,
-                T.launch_thread("threadIdx.x", tile.threads) as thread,
-            ):
-                words = max(product.shared_words, tile.rows * pitch(tile))
-                shared = T.alloc_buffer((words,), product.dtype, scope="shared.dyn")
-                # Kernels of a module declare what has one name with one type.
-                IRBuilder.name(f"shared_{product.dtype}", shared)
-                # Tiles of the same pixels are neighbours in time, for the sake of the second-level cache.
-                row = tirx.floordiv(block, across * gemm.groups) * tile.rows
-                column = tirx.floormod(block, across) * tile.columns
-                group = tirx.floormod(tirx.floordiv(block, across), gemm.groups)
-                sums = product.run(shared, thread, row, column, group)
-                epilogue.run(sums, tile, thread, row, column, group)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("kernel")
+        with (
+            T.launch_thread("blockIdx.x", down * across * gemm.groups) as block,
+            T.launch_thread("threadIdx.x", tile.threads) as thread,
+        ):
+            words = max(product.shared_words, tile.rows * pitch(tile))
+            shared = T.alloc_buffer((words,), product.dtype, scope="shared.dyn")
+            # Kernels of a module declare what has one name with one type.
+            IRBuilder.name(f"shared_{product.dtype}", shared)
+            # Tiles of the same pixels are neighbours in time, for the sake of the second-level cache.
+            row = tirx.floordiv(block, across * gemm.groups) * tile.rows
+            column = tirx.floormod(block, across) * tile.columns
+            group = tirx.floormod(tirx.floordiv(block, across), gemm.groups)
+            sums = product.run(shared, thread, row, column, group)
+            epilogue.run(sums, tile, thread, row, column, group)
     return builder.get().body
 
 

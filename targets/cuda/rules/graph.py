@@ -189,7 +189,7 @@ def dtype_of(buffer: Any) -> str:
 def loads(expr: Any) -> Iterator[Any]:
     """Every read of a buffer in an expression, those in indices as well."""
     found: list[Any] = []
-    tvm_ffi.structural_walk(expr, [(ir.TensorLoad, lambda load: found.append(load) or None)])
+    tvm_ffi.structural_walk(expr, [(ir.TensorLoad, found.append)])
     yield from found
 
 

@@ -101,11 +101,11 @@ class Ballots(Rule):
                     mine = found[(each - 1) * planes + plane]
                     for word in reversed(range(each - 1)):
                         mine = tirx.Select(lane == word, found[word * planes + plane], mine)
-                    index: Any = warp * each + lane
+                    place: Any = warp * each + lane
                     if planes > 1:
-                        index = (tirx.floordiv(index, words) * planes + plane) * words + tirx.floormod(index, words)
+                        place = (tirx.floordiv(place, words) * planes + plane) * words + tirx.floormod(place, words)
                     with kernel.when(lane < each):
-                        T.buffer_store(out, mine, [index])
+                        T.buffer_store(out, mine, [place])
 
         return build(graph, blocks, threads, body)
 

@@ -19,7 +19,7 @@ from tvm.tirx.script.builder import ir as T
 from .base import Rule, barrier
 from .graph import Declined, Graph, dtype_of, shape_of, substitute
 from .nests import Uses
-from .registers import Kernel, build, mentions
+from .registers import Kernel, build, everywhere, mentions
 
 #: Elements of a side of a tile, rows that the threads of a block take together, and the shortest axis worth it.
 _TILE, _ROWS, _LEAST = 32, 8, 8
@@ -113,7 +113,7 @@ def _written(graph: Graph, source: Any, indices: Sequence[Any], across: tuple[li
             c = kernel.bind(column * _TILE + fast, grid[2] * _TILE)
             with kernel.when(r < rows, c < columns):
                 at = point(kernel.split(r, extents[0]), kernel.split(c, extents[1]))
-                kernel.overrides[source] = lambda _, i=i: tile[fast, slow + i * _ROWS]
+                kernel.overrides[source] = everywhere(tile[fast, slow + i * _ROWS])
                 kernel.store(out.buffer, at, kernel.stage(out, at))
 
     return build(graph, math.prod(grid), _TILE * _ROWS, body)

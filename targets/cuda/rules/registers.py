@@ -57,6 +57,11 @@ def bytes_of(dtype: str) -> int:
     return 1 if dtype == "bool" else int("".join(c for c in dtype if c.isdigit())) // 8
 
 
+def everywhere(value: Any) -> Callable[[Sequence[Any]], Any]:
+    """An override (`Registers.overrides`) that is the same for all indices."""
+    return lambda _: value
+
+
 class Kernel:
     """The kernel that is being written.
 
@@ -247,7 +252,11 @@ class Kernel:
 
         def step(at: Sequence[Any]) -> None:
             for point, local in zip(points, sums, strict=True):
-                self.overrides[stage.buffer] = lambda _, local=local: local[self.lane]
+
+                def element(_: Sequence[Any], local: Any = local) -> Any:
+                    return local[self.lane]
+
+                self.overrides[stage.buffer] = element
                 term = self.value(stage.at(point, at))
                 del self.overrides[stage.buffer]
                 self._into(local, term)

@@ -17,7 +17,7 @@ from bnncc.targets.cuda.descriptor import WARP
 
 from .base import Rule, barrier
 from .graph import Declined, Graph, Stage
-from .registers import Kernel, build
+from .registers import Kernel, build, everywhere
 
 #: Values of a row that a thread holds, and threads of a block.
 _MOST, _THREADS = 16, 256
@@ -102,7 +102,7 @@ class Softmax(Rule):
                 highest = folded(values, tirx.max, "top")
                 kernel.overrides[top.buffer] = lambda _: highest
                 for k, column in enumerate(columns):
-                    kernel.overrides[row.buffer] = lambda _, k=k: values[k]
+                    kernel.overrides[row.buffer] = everywhere(values[k])
                     power = kernel.value(exp.at([n, column]))
                     T.buffer_store(powers, tirx.Select(column < size, power, tirx.const(0.0, "float32")), [k])
                 whole = folded(powers, lambda a, b: a + b, "total")
@@ -110,7 +110,7 @@ class Softmax(Rule):
                 factor = kernel.keep(kernel.value(scale.at([n, 0])), "float32", "scale_")
                 kernel.overrides[scale.buffer] = lambda _: factor
                 for k, column in enumerate(columns):
-                    kernel.overrides[exp.buffer] = lambda _, k=k: powers[k]
+                    kernel.overrides[exp.buffer] = everywhere(powers[k])
                     with kernel.when(column < size):
                         for stage in graph.outputs:
                             kernel.store(stage.buffer, [n, column], kernel.stage(stage, [n, column]))
