@@ -44,6 +44,13 @@ _PACKS = ("bnncc.pack", "bnncc.pack_levels", "bnncc.pack_bytes", "bnncc.threshol
 # How many bindings a diamond behind an anchor may span before the search for its end is given up.
 _DIAMOND = 16
 
+# Expressions of a kernel are trees: what an operator reads several times stands there several times, so that a chain of
+# such operators grows with their number as a power. Reads of one operand, where there are more than one.
+_READS = {"maximum": 4, "minimum": 4, "clip": 4, "nn.relu": 2, "nn.silu": 2, "nn.gelu": 2, "nn.gelu_tanh": 5}
+# Operators of a tree from which on a kernel ends, and the next one reads its result from memory. Real networks have
+# some tens.
+_MOST_OPERATORS = 4096
+
 
 class _Group:
     def __init__(self, members: list[Any]):
@@ -83,6 +90,7 @@ class _Form(Rewriter):
         # Variables whose memory is the caller's, old and new: it is aligned to its elements only.
         self.callers_memory = renamings({*self.func.params, *self.outputs}, self.definition)
         self.callers_values: set[Any] = set(self.func.params)
+        self.operators: dict[Any, int] = {}  # of the tree that computes a variable in its kernel
 
     # -- grouping ------------------------------------------------------------------------------------------------
 
@@ -191,7 +199,11 @@ class _Form(Rewriter):
         if op_name(value) not in ELEMENTWISE or var in self.group_of or shape_of(var) != shape_of(group.members[-1]):
             return False
         others = [v for v in operands(value) if v not in inside]
-        return not any(self.depends_on(v, group, inside) for v in others)
+        if any(self.depends_on(v, group, inside) for v in others):
+            return False
+        within = [self.operators.get(v, 1) for v in operands(value) if v in inside]
+        self.operators[var] = 1 + _READS.get(str(op_name(value)), 1) * sum(within)
+        return self.operators[var] <= _MOST_OPERATORS
 
     def depends_on(self, var: Any, group: _Group, inside: set[Any]) -> bool:
         """Whether computing `var` needs the group, through whatever kernels there are."""

@@ -236,6 +236,19 @@ def test_do_not_fuse_through_a_chain_of_kernels(function, steps, evaluate, execu
     check_values(mod, evaluate, execute)
 
 
+@pytest.mark.parametrize("operator", ["multiply", "maximum"])
+def test_do_not_fuse_a_chain_whose_tree_doubles_with_every_link(operator, function, steps, evaluate, execute):
+    def body(x):
+        for _ in range(24):  # a tree of 2^24 or 4^24 operators, if all were one kernel
+            x = emit(getattr(R_, operator)(x, emit(R_.abs(x))))
+        return R_.nn.relu(x)
+
+    mod = function((1, 2, 3, 4), body)
+    links = [op.count(operator) for op, _ in steps(mod)]
+    assert sum(links) == 24 and max(links) <= 12
+    check_values(mod, evaluate, execute)
+
+
 def test_do_not_fuse_past_a_value_that_leaves(steps):
     def body(x):
         a = emit(R_.nn.relu(move(x)))
