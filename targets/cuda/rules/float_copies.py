@@ -135,14 +135,21 @@ class FloatCopies(Copies):
 
     @property
     def _registers(self) -> int:
-        windows = VECTOR * len(self.window_runs)
-        if not self.vectors:
-            windows = len(self.window_runs) * math.ceil(self.tile.depth / self.apart)
-        return windows + VECTOR * len(self.weight_runs)
+        return self._window_registers + VECTOR * len(self.weight_runs)
+
+    @property
+    def _window_registers(self) -> int:
+        """Whole vectors, for the sake of those behind them."""
+        if self.vectors:
+            return VECTOR * len(self.window_runs)
+        return -(-len(self.window_runs) * math.ceil(self.tile.depth / self.apart) // VECTOR) * VECTOR
 
     def _copy(self, step: Any, base: Any, one: Callable[..., None]) -> None:
-        register = self._copy_vectors(step, base, one) if self.vectors else self._copy_values(step, base, one)
-        tile, base = self.tile, base + self.windows_words
+        if self.vectors:
+            self._copy_vectors(step, base, one)
+        else:
+            self._copy_values(step, base, one)
+        tile, base, register = self.tile, base + self.windows_words, self._window_registers
         self.run_words = VECTOR
         for run, k, c, first in self.weight_runs:
             where, inside = self._within(step * tile.depth + k, first + step * (tile.depth * self.weights_line))
@@ -150,7 +157,7 @@ class FloatCopies(Copies):
                 one(base + k * tile.columns + c, self.weights, where, inside, register)
             register += VECTOR
 
-    def _copy_vectors(self, step: Any, base: Any, one: Callable[..., None]) -> int:
+    def _copy_vectors(self, step: Any, base: Any, one: Callable[..., None]) -> None:
         tile, register = self.tile, 0
         self.run_words = VECTOR
         for run, r, k, first in self.window_runs:
@@ -159,9 +166,8 @@ class FloatCopies(Copies):
             with guarded(run < tile.rows * (tile.depth // VECTOR), self._uneven(tile.rows * tile.depth)):
                 one(base + r * (tile.depth + VECTOR) + k, self.windows, where, inside, register)
             register += VECTOR
-        return register
 
-    def _copy_values(self, step: Any, base: Any, one: Callable[..., None]) -> int:
+    def _copy_values(self, step: Any, base: Any, one: Callable[..., None]) -> None:
         tile, register = self.tile, 0
         self.run_words = 1
         part = tirx.floordiv(self.thread, self.down)
@@ -179,7 +185,6 @@ class FloatCopies(Copies):
                 with guarded(k < tile.depth, first_k + self.apart > tile.depth):
                     one(base + k * tile.rows + r, self.windows, where, inside, register)
                 register += 1
-        return register
 
     def _of_part(self, first: int, part: Any) -> Any:
         """The place of the value at depth ``first + part`` of a step."""
