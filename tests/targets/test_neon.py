@@ -142,6 +142,21 @@ class _Integers(nn.Module):
 
 
 @each_neon
+def test_comparisons_of_single_values_know_denormals(target: str, tmp_path: Path) -> None:
+    """Eight pixels of one block of channels: a loop of comparisons alone, which LLVM vectorised with NEON's."""
+
+    class Levels(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.conv1d(torch.where(x >= 0, 1.0, -1.0), weight)
+
+    weight = torch.tensor([[[3.0], [-7.0]], [[2.0], [5.0]]])
+    values = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-40, -1e-40, 1.0]
+    x = torch.tensor([values, values[1:] + values[:1]])[None]
+    (actual,) = _run(Levels(), (x,), tmp_path, target)
+    np.testing.assert_array_equal(actual, Levels()(x).numpy())
+
+
+@each_neon
 def test_products_of_bytes(target: str, tmp_path: Path) -> None:
     x = torch.rand(1, 24, 7, 9, generator=torch.Generator().manual_seed(3))
     x[..., :4] = 1.0
