@@ -15,6 +15,7 @@ After `LowerIntrin`, as the last pass before LLVM.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tvm
@@ -80,10 +81,36 @@ def _gather(values: list[Any]) -> Any:
     return tirx.Shuffle(values, list(range(len(values))))
 
 
+def _once(make: Callable[..., Any], *operands: Any, lanes: bool = False) -> Any:
+    """What `make` makes of the operands, each of them computed once although it stands there several times.
+
+    lanes: of a gathered vector it takes each value for itself.
+    """
+    bound: list[tuple[Any, Any]] = []
+    simple: list[Any] = []
+    for operand in operands:
+        while isinstance(operand, tirx.Let):
+            bound.append((operand.var, operand.value))
+            operand = operand.body
+        gathered = isinstance(operand, tirx.Shuffle) and all("x" not in _dtype(v) for v in operand.vectors)
+        if not (isinstance(operand, (tirx.Var, tirx.Broadcast)) or (lanes and gathered)):
+            bound.append((tirx.Var(f"once{len(bound)}", _dtype(operand)), operand))
+            operand = bound[-1][0]
+        simple.append(operand)
+    value = make(*simple)
+    for var, whole in reversed(bound):
+        value = tirx.Let(var, whole, value)
+    return value
+
+
 def _by_lane(e: Any) -> Any:
     if not _is_vector(e):
         return e
-    return _gather([type(e)(_lane(e.a, i), _lane(e.b, i)) for i in range(_lanes(e))])
+
+    def gathered(a: Any, b: Any) -> Any:
+        return _gather([type(e)(_lane(a, i), _lane(b, i)) for i in range(_lanes(e))])
+
+    return _once(gathered, e.a, e.b, lanes=True)
 
 
 def _call(e: Any) -> Any:
@@ -94,15 +121,25 @@ def _call(e: Any) -> Any:
         return _llvm(_FMA, _dtype(e), *e.args[1:])
     if intrinsic in _MOVES:
         return e
-    return _gather([_llvm(intrinsic, "float32", *(_lane(a, i) for a in e.args[1:])) for i in range(_lanes(e))])
+
+    def gathered(*args: Any) -> Any:
+        return _gather([_llvm(intrinsic, "float32", *(_lane(a, i) for a in args)) for i in range(_lanes(e))])
+
+    return _once(gathered, *e.args[1:], lanes=True)
 
 
 def _extreme(e: Any) -> Any:
     """The larger or smaller as TVM has them: ``a > b ? a : b``, ``a < b ? a : b``."""
     if not _is_vector(e):
         return e
-    first = _ordered_less(e.b, e.a) if isinstance(e, tirx.Max) else _ordered_less(e.a, e.b)
-    return tirx.Select(first, e.a, e.b)
+
+    def larger(a: Any, b: Any) -> Any:
+        return tirx.Select(_ordered_less(b, a), a, b)
+
+    def smaller(a: Any, b: Any) -> Any:
+        return tirx.Select(_ordered_less(a, b), a, b)
+
+    return _once(larger if isinstance(e, tirx.Max) else smaller, e.a, e.b)
 
 
 def _compare(e: Any) -> Any:
@@ -110,10 +147,10 @@ def _compare(e: Any) -> Any:
     if not _is_vector(e.a):
         return e
     if isinstance(e, tirx.LT):
-        return _ordered_less(e.a, e.b)
+        return _once(_ordered_less, e.a, e.b)
     if isinstance(e, tirx.GT):
-        return _ordered_less(e.b, e.a)
-    return tirx.And(type(e)(_key(e.a), _key(e.b)), _numbers(e.a, e.b))
+        return _once(_ordered_less, e.b, e.a)
+    return _once(lambda a, b: tirx.And(type(e)(_key(a), _key(b)), _numbers(a, b)), e.a, e.b)
 
 
 def _ordered_less(a: Any, b: Any) -> Any:
