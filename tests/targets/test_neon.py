@@ -142,6 +142,21 @@ class _Integers(nn.Module):
 
 
 @each_neon
+def test_chains_of_selections(target: str, tmp_path: Path) -> None:
+    """Lanes, comparisons and selections read their operands several times: a tree that doubles with every link."""
+
+    class Chain(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for step in range(2):
+                x = torch.maximum(F.leaky_relu(x - 0.25 * step, 0.125), -x)
+            return x
+
+    x = torch.randn(1, 4, 4, 8, generator=torch.Generator().manual_seed(2))
+    (actual,) = _run(Chain(), (x,), tmp_path, target)
+    np.testing.assert_array_equal(actual, Chain()(x).numpy())
+
+
+@each_neon
 def test_comparisons_of_single_values_know_denormals(target: str, tmp_path: Path) -> None:
     """Eight pixels of one block of channels: a loop of comparisons alone, which LLVM vectorised with NEON's."""
 
