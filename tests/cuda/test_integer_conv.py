@@ -1,7 +1,7 @@
 """Binary, ternary, bitserial and byte convolutions as a GPU runs them, number for number against NumPy.
 
-The emulator runs the very CUDA C of each architecture's instructions. Shapes lie around every boundary of words, tiles
-and windows; `make test` runs a part in which every pair of values occurs, `make conformance` all of them.
+The emulator runs the very CUDA C of each architecture's instructions. Shapes lie around the boundaries of words, tiles
+and windows.
 """
 
 from __future__ import annotations
