@@ -264,7 +264,7 @@ def _arm(name: str, cpu: str, description: str, *, v8: bool = False) -> TargetSp
         # The machine scheduler keeps sums in their registers, LLVM's older one for this architecture spills them; so
         # do unrolled steps. Scalar floats in NEON registers ("neonfp") would be vectors with their flushing.
         llvm_features=("+neon", "+vfp4", "+use-misched", "-neonfp"),
-        # LLVM's loop vectorizer shuns float arithmetic here, but not comparisons, where NEON takes denormals for 0, too.
+        # LLVM's loop vectorizer shuns float arithmetic here, but not comparisons, where NEON takes denormals for 0 too.
         llvm_options=("-unroll-threshold-default:uint=80", "-vectorize-loops=false"),
         description=description,
     )

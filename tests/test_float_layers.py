@@ -225,7 +225,10 @@ def calibrated(*inputs):
 NAMED = {"x": CALIBRATION, "y": CALIBRATION}
 MISTAKES = {
     "no calibration": (lambda: Options(float_layers="int8"), "needs calibration inputs"),
-    "an unknown value": (lambda: Options(float_layers="int4"), "is one of float32, int8, tf32, float16; 'int4' was given"),
+    "an unknown value": (
+        lambda: Options(float_layers="int4"),
+        "is one of float32, int8, tf32, float16; 'int4' was given",
+    ),
     "calibration alone": (lambda: Options(calibration=[CALIBRATION]), "go with float_layers='int8'"),
     "no sample": (lambda: calibrated(), "calibration: no inputs were given"),
     "a wrong shape": (lambda: calibrated(CALIBRATION[:, :2]), r"calibration: input 'x'.*\(8, 2"),
