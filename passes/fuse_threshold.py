@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from tvm import relax
 
-from bnncc.dialect import torch_eval
+from bnncc.dialect import torch_eval, torch_operators
 from bnncc.dialect.kernels import ELEMENTWISE, is_exact
 from bnncc.dialect.ops import attributes, call, is_call, op_name, shape_of
 from bnncc.passes.fuse_binary_conv import is_ternary
 from bnncc.passes.rewriter import Origin, Rewriter, is_const, module_pass, numpy_of
 
 # Elementwise operators whose value IEEE 754 fixes, whatever the shape they run on, and batch norm.
-_CHAIN = {f"{n}" for n in ELEMENTWISE if f"relax.{n}" in torch_eval.SHAPE_INDEPENDENT} | {"nn.batch_norm"}
+_CHAIN = {f"{n}" for n in ELEMENTWISE if f"relax.{n}" in torch_operators.SHAPE_INDEPENDENT} | {"nn.batch_norm"}
 
 _ACCUMULATORS = ("bnncc.binary_conv1d", "bnncc.binary_conv2d", "bnncc.binary_conv3d", "bnncc.binary_dense")
 
@@ -126,7 +126,7 @@ class _Fuse(Rewriter):
             else:
                 known[last] = torch_eval.evaluate_call(value, known)
         result = known[last].expand(len(values), channels, *[1] * (rank - 2)).reshape(len(values), channels)
-        return torch_eval.sign_bits(result, predicate).numpy()
+        return torch_operators.sign_bits(result, predicate).numpy()
 
     def decline(self, reason: str) -> Any:
         self.reason = reason

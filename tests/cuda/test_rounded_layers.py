@@ -12,7 +12,7 @@ import bnncc
 from bnncc import Options
 from bnncc.calibration import QuantizedReference, rounded_layers
 from bnncc.compiler import import_model
-from bnncc.dialect import torch_eval
+from bnncc.dialect import torch_operators
 from bnncc.layers import QConv2d
 from bnncc.passes.quantize_float import round_weight
 from bnncc.runtime.errors import BnnccError
@@ -84,7 +84,7 @@ def test_torch_and_numpy_round_alike(form: str) -> None:
     rng = np.random.default_rng(0)
     x = (rng.standard_normal(10_000) * 2.0 ** rng.integers(-30, 15, 10_000)).astype(np.float32)
     x[:3] = 1 + 2.0**-11, -1 - 2.0**-11, 1 + 3 * 2.0**-11  # ties
-    rounded = torch_eval._round_to(torch.from_numpy(x), form)
+    rounded = torch_operators.round_to(torch.from_numpy(x), form)
     assert np.array_equal(rounded.numpy(), round_weight(x, form))
     assert (rounded.numpy() != x).any()
 
