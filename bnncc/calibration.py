@@ -18,7 +18,7 @@ from tvm import IRModule, relax
 from bnncc.dialect import torch_eval
 from bnncc.dialect.ops import is_call, op_name, shape_of
 from bnncc.dialect.plan import QuantizedLayer
-from bnncc.frontends.torch import Imported, Port
+from bnncc.frontends.imported import Imported, Port
 from bnncc.passes import pipeline
 from bnncc.passes.fuse_binary_conv import FuseBinaryConv
 from bnncc.passes.fuse_integer_conv import FuseIntegerConv

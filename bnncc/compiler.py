@@ -17,7 +17,8 @@ from bnncc import cache
 from bnncc.artifact import Artifact
 from bnncc.calibration import calibrate, rounded_layers
 from bnncc.dialect.plan import QuantizedLayer
-from bnncc.frontends.torch import Imported, export_model, to_relax
+from bnncc.frontends.imported import Imported
+from bnncc.frontends.torch import export_model, to_relax
 from bnncc.models import is_onnx
 from bnncc.passes import pipeline
 from bnncc.passes.lower_float import ROUNDED_CHANNELS

@@ -16,7 +16,8 @@ from tvm.ir import IRModule
 
 from bnncc.compiler import import_model
 from bnncc.dialect.plan import Layer
-from bnncc.frontends.torch import UnsupportedOperator, export_model, module_paths, operator_name, survey
+from bnncc.frontends.imported import UnsupportedOperator
+from bnncc.frontends.torch import export_model, module_paths, operator_name, survey
 from bnncc.models import is_onnx
 from bnncc.passes import pipeline
 from bnncc.passes.form_kernels import STEPS

@@ -24,10 +24,10 @@ from tvm.ir import GenericConst
 
 from bnncc.frontends import onnx_elementwise, onnx_layers, onnx_shapes  # noqa: F401  (they fill the table of converters)
 from bnncc.frontends.converter import Unsupported, building_main
+from bnncc.frontends.imported import ORIGINS_ATTR, ExportError, Imported, Port, UnsupportedOperator
 from bnncc.frontends.onnx_converter import CONVERTERS, SUPPORTED_DTYPES, Node, dtype_of, operator_name, shape_of
 from bnncc.frontends.onnx_graph import Prepared, node_path, prepare, read
 from bnncc.frontends.onnx_quant import as_integers
-from bnncc.frontends.torch import ORIGINS_ATTR, ExportError, Imported, Port, UnsupportedOperator
 
 _LOG = logging.getLogger("bnncc")
 

@@ -18,8 +18,8 @@ import numpy as np
 import onnx
 from onnx import checker, helper, inliner, numpy_helper, shape_inference
 
+from bnncc.frontends.imported import ExportError
 from bnncc.frontends.onnx_evaluator import QONNX_DOMAINS, evaluate_node
-from bnncc.frontends.torch import ExportError
 
 #: The oldest operator set whose broadcasting is today's.
 OLDEST_OPSET = 7

@@ -11,25 +11,22 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
-from torch.utils import _pytree as pytree
-from tvm import IRModule, relax
+from tvm import relax
 from tvm.ir import GenericConst
 
 from bnncc.dialect import ops as dialect
 from bnncc.dialect.torch_eval import can_evaluate, evaluate_call, to_constant, to_torch
 from bnncc.frontends import aten_axes, aten_elementwise, aten_layers, aten_norms, aten_quantized  # noqa: F401  (they fill the table of converters)
 from bnncc.frontends.converter import CONVERTERS, DTYPES, Emitter, Unsupported, bind_arguments, building_main
+from bnncc.frontends.imported import ORIGINS_ATTR, ExportError, Imported, Port, UnsupportedOperator
 from bnncc.frontends.reference_modules import traceable
+from bnncc.frontends.torch_signature import dtype_message, input_ports, output_ports
 from bnncc.runtime.errors import BnnccError
-
-ORIGINS_ATTR = "bnncc.origins"
 
 # Decompositions that PyTorch applies on export although they do not round as eager's own kernel does; kept whole, so
 # that the graph computes bit for bit what the module computes.
@@ -58,46 +55,6 @@ def _decompose_pad(x: Any, pad: list[int], mode: str = "constant", value: float 
     if mode != "constant":
         return NotImplemented
     return torch.ops.aten.constant_pad_nd.default(x, pad, 0 if value is None else value)
-
-
-class ExportError(BnnccError):
-    """The model cannot be turned into one static graph."""
-
-
-class UnsupportedOperator(BnnccError):
-    """The model uses operators that bnncc does not compile.
-
-    refused: name of a node of the graph → the reason, as far as they are known.
-    """
-
-    def __init__(self, message: str, refused: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.refused = dict(refused or {})
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input or output of the model: name, static shape, dtype by its NumPy name ("float32")."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Imported:
-    """A model in Relax.
-
-    mod: IRModule with one function `main`, float semantics, NCHW, parameters as constants. Several outputs are a tuple.
-    origins: variable name → (name of the node whose value it is, module path; '' is the model itself). A node's value
-        carries the node's name; helper bindings carry it with a suffix `__1`, `__2`, … and have no node ('').
-    inputs: in the order of the model's signature. outputs: in the order eager returns them, nested ones flattened.
-    """
-
-    mod: IRModule
-    origins: dict[str, tuple[str, str]]
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
 
 
 def supported_operators() -> list[str]:
@@ -168,8 +125,8 @@ def to_relax(program: torch.export.ExportedProgram) -> Imported:
             complex data.
     """
     paths = module_paths(program.graph)
-    inputs = _input_ports(program)
-    outputs = _output_ports(program)
+    inputs = input_ports(program)
+    outputs = output_ports(program)
     _check_values(program, paths)
     _check_operators(program.graph, paths, {})
     return _Importer(program, paths, {}).run(inputs, outputs)
@@ -181,7 +138,7 @@ def survey(program: torch.export.ExportedProgram) -> tuple[Imported, dict[str, s
     Returns the model, and name of a refused node → reason. Raises ExportError as `to_relax` does.
     """
     paths = module_paths(program.graph)
-    inputs, outputs = _input_ports(program), _output_ports(program)
+    inputs, outputs = input_ports(program), output_ports(program)
     _check_values(program, paths)
     refused: dict[str, str] = {}
     while True:
@@ -210,77 +167,6 @@ def _where(path: str) -> str:
     return f"module '{path}'" if path else "the model's own forward"
 
 
-def _port(name: str, value: Any, what: str) -> Port:
-    if any(not isinstance(extent, int) for extent in value.shape):
-        shape = ", ".join(map(str, value.shape))
-        raise ExportError(
-            f"{what} '{name}' has a dynamic shape ({shape}): artifacts have fixed shapes; export without dynamic_shapes"
-        )
-    if value.dtype not in DTYPES:
-        raise ExportError(_dtype_message(f"{what} '{name}'", value.dtype))
-    return Port(name, tuple(value.shape), DTYPES[value.dtype])
-
-
-def _dtype_message(what: str, dtype: torch.dtype) -> str:
-    return (
-        f"{what} is {str(dtype).removeprefix('torch.')}: bnncc compiles float32, bool and integers of 8 to 64 bits; "
-        "call model.float() and pass float32 inputs"
-    )
-
-
-def _input_ports(program: torch.export.ExportedProgram) -> tuple[Port, ...]:
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    ports = []
-    for spec in program.graph_signature.input_specs:
-        if spec.kind is not InputKind.USER_INPUT:
-            continue
-        if not isinstance(spec.arg, TensorArgument):
-            value = getattr(spec.arg, "value", None)
-            raise ExportError(
-                f"input '{spec.arg.name}' is {value!r}, not a tensor: fix its value inside the model, for example with "
-                "a small wrapper module"
-            )
-        ports.append(_port(spec.arg.name, values[spec.arg.name], "input"))
-    return tuple(ports)
-
-
-def _output_ports(program: torch.export.ExportedProgram) -> tuple[Port, ...]:
-    specs = program.graph_signature.output_specs
-    for spec in specs:
-        if spec.kind is OutputKind.BUFFER_MUTATION:
-            raise ExportError(
-                f"the forward pass changes buffer '{spec.target}': artifacts keep no state between runs; update it "
-                "outside forward, or put the module into evaluation mode"
-            )
-        if spec.kind is OutputKind.USER_INPUT_MUTATION:
-            raise ExportError(
-                f"the forward pass changes its input '{spec.target}' in place: use an out-of-place operation"
-            )
-    names = list(_output_names(program.call_spec.out_spec, len(specs)))
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
-    ports = []
-    for name, spec in zip(names, specs, strict=True):
-        if not isinstance(spec.arg, TensorArgument):
-            value = spec.arg.value if isinstance(spec.arg, ConstantArgument) else spec.arg
-            raise ExportError(f"output '{name}' is {value!r}, not a tensor: return tensors only")
-        ports.append(_port(name, values[spec.arg.name], "output"))
-    if not ports:
-        raise ExportError("the model returns no tensor: return at least one")
-    return tuple(ports)
-
-
-def _output_names(spec: pytree.TreeSpec | None, count: int) -> Iterator[str]:
-    """`output` for a single tensor, `output_0`, … for a tuple, the keys of a dict, joined by `_` where nested."""
-    if spec is None:
-        yield from (f"output_{i}" for i in range(count))
-        return
-    leaves, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(count)), spec))
-    for path, _ in leaves:
-        keys = [str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path]
-        name = "_".join(keys)
-        yield name if name and not name[0].isdigit() else "_".join(["output", *keys])
-
-
 def _check_values(program: torch.export.ExportedProgram, paths: dict[str, str]) -> None:
     """Refuse what no conversion can express: dynamic shapes and data that the targets have no arithmetic for."""
     for node in program.graph.nodes:
@@ -296,7 +182,7 @@ def _check_values(program: torch.export.ExportedProgram, paths: dict[str, str]) 
                     f"({', '.join(map(str, value.shape))}): artifacts have fixed shapes"
                 )
             if value.dtype not in DTYPES:
-                raise ExportError(_dtype_message(f"a value in {_where(paths[node.name])}", value.dtype))
+                raise ExportError(dtype_message(f"a value in {_where(paths[node.name])}", value.dtype))
 
 
 _HINTS = {

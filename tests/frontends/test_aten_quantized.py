@@ -16,8 +16,9 @@ from torch.ao.quantization.quantize_fx import (
 
 import bnncc
 from bnncc.dialect.torch_eval import evaluate_function
+from bnncc.frontends.imported import ExportError, UnsupportedOperator
 from bnncc.frontends.reference_modules import ReferenceModuleError, traceable
-from bnncc.frontends.torch import ExportError, UnsupportedOperator, export_model, to_relax
+from bnncc.frontends.torch import export_model, to_relax
 
 SCALES = (0.1, 1 / 3, 0.00214854861, 0.5)
 BOUNDS = {torch.quint8: (0, 255), torch.qint8: (-128, 127)}

@@ -11,7 +11,8 @@ from torch import nn
 
 import bnncc
 from bnncc.cli import run
-from bnncc.frontends.onnx import ORIGINS_ATTR, supported_operators, to_relax
+from bnncc.frontends.imported import ORIGINS_ATTR
+from bnncc.frontends.onnx import supported_operators, to_relax
 from bnncc.frontends.onnx_graph import prepare
 from bnncc.layers import QConv2d, QLinear
 from bnncc.onnx_reference import OnnxReference

@@ -8,8 +8,8 @@ import pytest
 from onnx import TensorProto
 
 import bnncc
+from bnncc.frontends.imported import ExportError, UnsupportedOperator
 from bnncc.frontends.onnx import to_relax
-from bnncc.frontends.torch import ExportError, UnsupportedOperator
 from bnncc.models import load_model
 from bnncc.onnx_reference import OnnxReference
 from bnncc.runtime.errors import BnnccError

@@ -10,14 +10,8 @@ from torch import fx, nn
 from tvm import relax
 
 from bnncc.dialect.torch_eval import evaluate_function
-from bnncc.frontends.torch import (
-    ORIGINS_ATTR,
-    ExportError,
-    UnsupportedOperator,
-    export_model,
-    supported_operators,
-    to_relax,
-)
+from bnncc.frontends.imported import ORIGINS_ATTR, ExportError, UnsupportedOperator
+from bnncc.frontends.torch import export_model, supported_operators, to_relax
 from bnncc.runtime.errors import BnnccError
 
 
