@@ -37,16 +37,10 @@ class Residual(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(with_drawn_norms):
     torch.manual_seed(0)
     model = Residual()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean, std=3)
-            nn.init.uniform_(module.running_var, 0.5, 20)
-    return model.eval()
+    return with_drawn_norms(model)
 
 
 @pytest.fixture(scope="module")

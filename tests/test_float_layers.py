@@ -41,16 +41,10 @@ class Network(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(with_drawn_norms):
     torch.manual_seed(0)
     model = Network()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 20)
-    return model.eval()
+    return with_drawn_norms(model)
 
 
 def int8(**options):

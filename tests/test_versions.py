@@ -19,20 +19,14 @@ pytestmark = pytest.mark.skipif(cpu.host_architecture() != "x86_64", reason="the
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(with_drawn_norms):
     """Binary layers of odd channels, with batch norms between: every value of it is exact."""
     torch.manual_seed(0)
     model = nn.Sequential(
         QConv2d(13, 37, 3, padding=1), nn.BatchNorm2d(37), QConv2d(37, 19, 3, stride=2), nn.BatchNorm2d(19),
         nn.Flatten(), QLinear(19 * 5 * 4, 7, bias=False), nn.BatchNorm1d(7),
     )  # fmt: skip
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias)
-            nn.init.normal_(module.running_mean, std=3)
-            nn.init.uniform_(module.running_var, 0.5, 20)
-    return model.eval()
+    return with_drawn_norms(model)
 
 
 @pytest.fixture(scope="module")
