@@ -6,18 +6,16 @@ import io
 import json
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import click
 import numpy as np
 from rich.table import Table
 
-from bnncc import __version__
+from bnncc import __version__, arguments
 from bnncc.runtime.container import read_manifest, write_whole
 from bnncc.runtime.device import open_device
 from bnncc.runtime.errors import BnnccError
-from bnncc.runtime.manifest import PortEntry
-from bnncc.terminal import console, finding_table, kernel_table, layer_table, progress_bar, readable
+from bnncc.terminal import artifact_facts, console, finding_table, kernel_table, layer_table, progress_bar, readable
 
 _MODEL_HELP = """MODEL is a .pt2 file (torch.export.save), an .onnx file (QONNX operators included), or
 package.module:callable whose callable returns a torch.nn.Module; then --input-shape says what it is called with, and
@@ -147,7 +145,7 @@ def compile_command(
     for spec in specs:
         if isinstance(spec, CudaSpec):
             toolchain.compiler(spec.sm)  # and so is that nothing here can compile for it
-    _check_folder(output, header, runner)
+    arguments.check_folder(output, header, runner)
     if (float_layers == "int8") != bool(calibrate):
         raise BnnccError(
             "--float-layers int8 and --calibrate inputs.npz go together: the inputs show the ranges of the activations"
@@ -156,8 +154,8 @@ def compile_command(
         if not 0 < tune < float("inf"):
             raise BnnccError(f"--tune {tune:g}: expected a positive number of minutes")
         search.check(specs, tuning.Database.read(tuning.database_path()))
-    calibration = _load_arrays(calibrate)[0] if calibrate else None
-    name = name or _identifier(output.stem)
+    calibration = arguments.load_arrays(calibrate)[0] if calibrate else None
+    name = name or arguments.identifier(output.stem)
     cached = model.endswith(".pt2") and Path(model).is_file() and not no_cache and not dump_ir
     cached = cached and float_layers == "float32"
 
@@ -201,8 +199,8 @@ def compile_command(
 @_device_option
 def run(artifact: Path, inputs: tuple[Path, ...], output: Path | None, threads: int | None, device: str) -> None:
     """Runs ARTIFACT, a .so, once on .npy files."""
-    _check_folder(output)
-    arrays = [_load_numpy(path, np.ndarray, "numpy.save") for path in inputs]
+    arguments.check_folder(output)
+    arrays = [arguments.load_numpy(path, np.ndarray, "numpy.save") for path in inputs]
     with open_device(artifact, device, threads) as opened:
         names = [port["name"] for port in opened.manifest["outputs"]]
         results = opened.run(arrays)
@@ -277,10 +275,10 @@ def validate(
     for path in reports:
         if path.suffix not in (".json", ".html"):
             raise BnnccError(f"--report {path}: the name must end in .json or .html")
-    _check_folder(*reports)
+    arguments.check_folder(*reports)
     with progress_bar() as progress:
         progress("loading the model", 0, 1)
-        inputs, labels = _load_npz(data, artifact)
+        inputs, labels = arguments.load_npz(data, artifact)
         options: dict[str, Any] = {"layer_batches": None} if all_layers else {}
         report = eager.validate(
             artifact, load_model(reference, weights), [inputs], labels, device, progress=progress, **options
@@ -329,7 +327,7 @@ def _inspect_model(model: str, target: str, weights: Path | None, shapes: tuple[
     from bnncc.inspection import REFUSED, inspect_model
     from bnncc.models import load_model
 
-    examples = _examples(shapes)
+    examples = arguments.examples(shapes)
     if examples is None and not model.endswith((".pt2", ".onnx")):
         raise BnnccError(f"--input-shape is missing: say what '{model}' is called with, such as 1,3,224,224")
     findings = inspect_model(load_model(model, weights), examples, target)
@@ -345,31 +343,8 @@ def _inspect_artifact(artifact: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(manifest, indent=2))
         return
-    facts = [
-        ("model", f"{manifest['name']} (bnncc {manifest['bnncc']})"),
-        ("target", f"{manifest['target']} ({manifest['arch']})"),
-        ("inputs", ", ".join(map(_port, manifest["inputs"]))),
-        ("outputs", ", ".join(map(_port, manifest["outputs"]))),
-        ("weights", readable(manifest["weights_bytes"])),
-    ]
-    if quantized := dict.fromkeys(entry["path"] or entry["layer"] for entry in manifest.get("quantized", ())):
-        facts.append(("opt-in", f"{manifest['float_layers']} in {', '.join(quantized)}"))
-    for version in manifest["versions"]:
-        device = version["device"]
-        needs = f"a driver of CUDA {_release(device['driver'])}" if device else " ".join(version["features"])
-        facts.append(("version", f"{version['name']}: {version['cpu']}; needs {needs}"))
-        if device:
-            sizes = f"{readable(device['image_bytes'])} for {device['sm']}, {readable(device['ptx_bytes'])} PTX"
-            facts.append(("code", f"{sizes} for later GPUs"))
-        facts.append(
-            (
-                "memory",
-                f"{readable(version['arena_bytes'])} arena, {readable(version['persistent_bytes'])} kept, "
-                f"{readable(version['weights_bytes'])} weights{', on the GPU' if device else ''}",
-            )
-        )
     out = console()
-    for key, value in facts:
+    for key, value in artifact_facts(manifest):
         out.print(f"{key + ':':9}{value}", highlight=False, soft_wrap=True)
     first = manifest["versions"][0]
     if len(manifest["versions"]) > 1:  # their layers are the same but for the bytes
@@ -408,7 +383,7 @@ def _compile(
     from bnncc.models import load_model
 
     progress("loading the model", 0, 1)
-    loaded, examples = load_model(model, weights), _examples(shapes)
+    loaded, examples = load_model(model, weights), arguments.examples(shapes)
     if examples is None and not model.endswith((".pt2", ".onnx")):
         raise BnnccError(f"--input-shape is missing: say what '{model}' is called with, such as 1,3,224,224")
     if examples is None and model.endswith(".onnx"):
@@ -419,65 +394,3 @@ def _compile(
     return compiler.compile(
         loaded, examples, target, name=name, options=compiler.Options(**settings), progress=progress
     )
-
-
-def _examples(shapes: tuple[str, ...]) -> Any:
-    import torch
-
-    if not shapes:
-        return None
-    examples = []
-    for shape in shapes:
-        extents = shape.split(",")
-        if not all(extent.strip().isdigit() and int(extent) > 0 for extent in extents):
-            raise BnnccError(f"--input-shape {shape}: expected numbers with commas between, such as 1,3,224,224")
-        examples.append(torch.zeros(*map(int, extents)))
-    return tuple(examples)
-
-
-def _identifier(stem: str) -> str:
-    """A C identifier from a file's name."""
-    name = "".join(c if c.isascii() and c.isalnum() else "_" for c in stem)
-    return name if name[:1].isalpha() else f"model_{name}"
-
-
-def _check_folder(*paths: Path | None) -> None:
-    for path in paths:
-        if path is not None and not path.parent.is_dir():
-            raise BnnccError(f"cannot write '{path}': there is no folder '{path.parent}'")
-
-
-def _load_numpy(path: Path, kind: type, example: str) -> Any:
-    """What a NumPy file holds, if it is of that kind; without running code from it."""
-    try:
-        data = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError, BadZipFile) as error:
-        raise BnnccError(f"'{path}' cannot be read: {error}; expected the file of {example}") from error
-    if not isinstance(data, kind):
-        raise BnnccError(f"'{path}' holds something else; expected the file of {example}")
-    return data
-
-
-def _load_npz(path: Path, artifact: Path) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:
-    """The inputs in the artifact's order, and the labels if there are any."""
-    arrays, labels = _load_arrays(path)
-    names = [port["name"] for port in read_manifest(artifact)["inputs"]]
-    if len(arrays) != len(names):
-        raise BnnccError(f"'{path}' holds {', '.join(arrays) or 'no input'}; the inputs are {', '.join(names)}")
-    return tuple(arrays[name] for name in (names if set(names) == set(arrays) else arrays)), labels
-
-
-def _load_arrays(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """The arrays of an .npz file, and its labels if there are any."""
-    arrays = dict(_load_numpy(path, np.lib.npyio.NpzFile, "numpy.savez(path, x=…, labels=…)"))
-    labels = arrays.pop("labels", None)
-    return arrays, labels
-
-
-def _release(version: int) -> str:
-    """A release of CUDA, as cuDriverGetVersion counts: "12.0" of 12000."""
-    return f"{version // 1000}.{version % 1000 // 10}"
-
-
-def _port(port: PortEntry) -> str:
-    return f"{port['name']} {port['dtype']} [{', '.join(map(str, port['shape']))}]"

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bnncc.runtime.manifest import DeviceEntry, LayerEntry
+from bnncc.runtime.manifest import DeviceEntry, LayerEntry, Manifest, PortEntry
 from bnncc.targets.cuda.descriptor import ARCHITECTURES, WARP
 from bnncc.targets.cuda.occupancy import blocks_per_sm
 
@@ -37,6 +37,34 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task("")
         yield lambda stage, done, total: bar.update(task, description=stage, completed=done, total=total)
+
+
+def artifact_facts(manifest: Manifest) -> list[tuple[str, str]]:
+    """What `bnncc inspect` says of an artifact above its tables: pairs of a heading and its line."""
+    facts = [
+        ("model", f"{manifest['name']} (bnncc {manifest['bnncc']})"),
+        ("target", f"{manifest['target']} ({manifest['arch']})"),
+        ("inputs", ", ".join(map(_port, manifest["inputs"]))),
+        ("outputs", ", ".join(map(_port, manifest["outputs"]))),
+        ("weights", readable(manifest["weights_bytes"])),
+    ]
+    if quantized := dict.fromkeys(entry["path"] or entry["layer"] for entry in manifest.get("quantized", ())):
+        facts.append(("opt-in", f"{manifest['float_layers']} in {', '.join(quantized)}"))
+    for version in manifest["versions"]:
+        device = version["device"]
+        needs = f"a driver of CUDA {_release(device['driver'])}" if device else " ".join(version["features"])
+        facts.append(("version", f"{version['name']}: {version['cpu']}; needs {needs}"))
+        if device:
+            sizes = f"{readable(device['image_bytes'])} for {device['sm']}, {readable(device['ptx_bytes'])} PTX"
+            facts.append(("code", f"{sizes} for later GPUs"))
+        facts.append(
+            (
+                "memory",
+                f"{readable(version['arena_bytes'])} arena, {readable(version['persistent_bytes'])} kept, "
+                f"{readable(version['weights_bytes'])} weights{', on the GPU' if device else ''}",
+            )
+        )
+    return facts
 
 
 def layer_table(layers: Sequence[LayerEntry]) -> Table:
@@ -135,3 +163,12 @@ def readable(size: int) -> str:
             return f"{amount:.1f} {unit}"
         amount /= 1024
     return f"{amount:.1f} GiB"
+
+
+def _release(version: int) -> str:
+    """A release of CUDA, as cuDriverGetVersion counts: "12.0" of 12000."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _port(port: PortEntry) -> str:
+    return f"{port['name']} {port['dtype']} [{', '.join(map(str, port['shape']))}]"
