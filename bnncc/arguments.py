@@ -22,13 +22,13 @@ def examples(shapes: Sequence[str]) -> tuple[torch.Tensor, ...] | None:
 
     if not shapes:
         return None
-    examples = []
+    found = []
     for shape in shapes:
         extents = shape.split(",")
         if not all(extent.strip().isdigit() and int(extent) > 0 for extent in extents):
             raise BnnccError(f"--input-shape {shape}: expected numbers with commas between, such as 1,3,224,224")
-        examples.append(torch.zeros(*map(int, extents)))
-    return tuple(examples)
+        found.append(torch.zeros(*map(int, extents)))
+    return tuple(found)
 
 
 def identifier(stem: str) -> str:
