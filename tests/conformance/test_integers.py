@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -62,15 +63,17 @@ def _valid(row: Any) -> bool:
     return groups == 1 or channels >= 4  # small groups stay float
 
 
+def pairs(axes: Mapping[str, Sequence[Any]]) -> list[Case]:
+    """Convolutions that hold every pair of values."""
+    rows = all_pairs(axes, _valid)
+    return [_case(", ".join(f"{axis} {value}" for axis, value in zip(axes, row, strict=True)), *row) for row in rows]
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_bytes_are_exact(target, tmp_path):
-    rows = all_pairs(AXES, _valid)
-    cases = [_case(", ".join(f"{axis} {value}" for axis, value in zip(AXES, row, strict=True)), *row) for row in rows]
-    check(cases, target, tmp_path, kinds={"integer"})
+    check(pairs(AXES), target, tmp_path, kinds={"integer"})
 
 
 @pytest.mark.qemu
 def test_sdot(tmp_path):
-    rows = all_pairs({axis: values[:2] for axis, values in AXES.items()}, _valid)
-    cases = [_case(", ".join(f"{axis} {value}" for axis, value in zip(AXES, row, strict=True)), *row) for row in rows]
-    check(cases, "cortex-a76", tmp_path, kinds={"integer"})
+    check(pairs({axis: values[:2] for axis, values in AXES.items()}), "cortex-a76", tmp_path, kinds={"integer"})

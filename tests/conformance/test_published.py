@@ -80,7 +80,15 @@ def _check(cases: Sequence[Case], target: str, folder: Any) -> None:
     outputs = run(cases, target, folder)
     layers = read_manifest(folder / "model.so")["versions"][0]["layers"]
     assert len(layers) == len(cases)
-    wrong = [f"{row['path']}: {row['op']}" for row in layers if row["op"].startswith(("float", "weight-only"))]
+    floats = [f"{row['path']}: {row['op']}" for row in layers if row["op"].startswith(("float", "weight-only"))]
+    wrong = [*floats, *differences(cases, outputs)]
+    if wrong:
+        pytest.fail(f"on {target}:\n" + "\n".join(wrong), False)
+
+
+def differences(cases: Sequence[Case], outputs: Sequence[np.ndarray]) -> list[str]:
+    """Where products are not what they must be, a line for each. cases: of `Product`."""
+    wrong = []
     for case, actual in zip(cases, outputs, strict=True):
         module: Any = case.module
         with torch.no_grad():
@@ -92,8 +100,7 @@ def _check(cases: Sequence[Case], target: str, folder: Any) -> None:
             wrong.append(f"{case.name}: not close to eager")
         elif not _is_scaled(actual, sums, factors):
             wrong.append(f"{case.name}: sums are not exact")
-    if wrong:
-        pytest.fail(f"on {target}:\n" + "\n".join(wrong), False)
+    return wrong
 
 
 # -- every width -----------------------------------------------------------------------------------------------------
@@ -157,9 +164,13 @@ _WITH_OTHERS_LATER = [
 ]  # fmt: skip
 
 
+def pairs_of_widths() -> list[Case]:
+    return [_width(row) for row in all_pairs(_WIDTHS, lambda row: True)]
+
+
 @pytest.mark.parametrize("target", _WITH_OTHERS_LATER)
 def test_every_pair_of_widths_and_steps(target, tmp_path):
-    _check([_width(row) for row in all_pairs(_WIDTHS, lambda row: True)], target, tmp_path)
+    _check(pairs_of_widths(), target, tmp_path)
 
 
 # All 512 combinations of widths, forms and steps; kinds of layers take turns.
@@ -234,7 +245,7 @@ def _rsign(shift: torch.Tensor) -> Levels:
     return Levels(lambda x: sign(x + shift), 1.0)
 
 
-def _published() -> list[Case]:
+def published() -> list[Case]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_SHAPE, generator=generator)
     x = torch.randint(-8, 9, (2, 33, 5, 4), generator=generator) / 4
@@ -260,7 +271,7 @@ def _published() -> list[Case]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_published(target, tmp_path):
-    _check(_published(), target, tmp_path)
+    _check(published(), target, tmp_path)
 
 
 class ReActNet(nn.Module):
