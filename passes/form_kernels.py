@@ -41,6 +41,9 @@ ALIASES = ("reshape", "memory.view")
 
 _PACKS = ("bnncc.pack", "bnncc.pack_levels", "bnncc.pack_bytes", "bnncc.threshold_pack", "bnncc.lookup_pack")
 
+_CONVOLUTIONS = ("bnncc.conv2d", "bnncc.xnor_conv2d", "bnncc.plane_conv2d", "bnncc.byte_conv2d")
+_TO_NCHW = (0, 3, 1, 2)
+
 # How many bindings a diamond behind an anchor may span before the search for its end is given up.
 _DIAMOND = 16
 
@@ -81,8 +84,9 @@ def renamings(memory: set[Any], definition: dict[Any, Any]) -> set[Any]:
 
 
 class _Form(Rewriter):
-    def __init__(self, mod: IRModule):
+    def __init__(self, mod: IRModule, target: Any):
         super().__init__(mod)
+        self.target = target
         self.position = {b.var: i for i, b in enumerate(self.bindings)}
         self.outputs = returned_memory(self.func)
         self.opt_ins = opt_ins_of(self.func)
@@ -157,7 +161,7 @@ class _Form(Rewriter):
             self.take(group, new)
             tail = new[-1]
         packs = [u for u in self.users.get(tail, []) if self.is_packing_of(u, tail)]
-        self.take(group, packs[:1])
+        self.take(group, packs[:1] or self.turning(group, tail))
 
     def is_packing_of(self, user: Any, tail: Any) -> bool:
         value = self.definition[user]
@@ -165,6 +169,16 @@ class _Form(Rewriter):
             op_name(value) in _PACKS and user not in self.group_of and value.args[0].same_as(tail)
             and attributes(value).get("data_layout", "NHWC") == "NHWC"
         )  # fmt: skip
+
+    def turning(self, group: _Group, tail: Any) -> list[Any]:
+        """The transposition to NCHW that alone reads a convolution's result, where the target computes both at once."""
+        anchor, users = self.definition[group.members[0]], self.users.get(tail, [])
+        if self.target is None or op_name(anchor) not in _CONVOLUTIONS or len(users) != 1 or tail in self.outputs:
+            return []
+        value = self.definition[users[0]]
+        turns = is_call(value, "permute_dims") and tuple(attributes(value)["axes"] or ()) == _TO_NCHW
+        groups = 1 if attributes(anchor).get("in_lanes") else shape_of(anchor.args[1])[0]
+        return users if turns and self.target.turns_results(shape_of(tail), groups, str(tail.ty.dtype)) else []
 
     def next_region(self, group: _Group, tail: Any) -> list[Any] | None:
         """The shortest run of elementwise readers after which one new value alone leaves the group, if there is one."""
@@ -417,4 +431,6 @@ def _kernel_name(members: list[Any], definition: dict[Any, Any]) -> str:
     return "fused_" + "_".join(dict.fromkeys(ops))[:80]
 
 
-FormKernels = module_pass(lambda mod: _Form(mod).run(), "FormKernels")
+def FormKernels(target: Any = None) -> Any:
+    """The pass. target: says which transpositions are computed with a convolution; without one, none are."""
+    return module_pass(lambda mod: _Form(mod, target).run(), "FormKernels")

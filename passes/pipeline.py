@@ -83,7 +83,7 @@ def phases(
             [
                 FoldConstants,  # reshapes of weights that the lowering left
                 OwnOutputs,
-                FormKernels,
+                FormKernels(target),
             ],
         ),
     ]

@@ -117,6 +117,15 @@ class TargetSpec:
         """Whether windows over the planes of an NCHW image (`bnncc.targets.rules.planar`) are worth their schedule."""
         return self.arch == "x86_64"
 
+    def turns_results(self, shape: tuple[int, ...], groups: int, dtype: str) -> bool:
+        """Whether a convolution's kernel also brings its result to NCHW (`bnncc.targets.rules.turned`).
+
+        shape: of the result, [N, H, W, C]. Its channels must fill the vectors of weights, whatever the convolution.
+        """
+        _, height, width, channels = shape
+        whole = channels // groups % MASK_LANES == 0 or channels // groups == _LANE_BLOCK
+        return whole and height * width >= MASK_LANES and dtype in ("float32", "int32")
+
     @property
     def word_lanes(self) -> int:
         """Words in a vector."""

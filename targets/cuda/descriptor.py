@@ -145,6 +145,9 @@ class CudaSpec:
         """Both operands of a product of bytes are signed."""
         return 128
 
+    def turns_results(self, shape: tuple[int, ...], groups: int, dtype: str) -> bool:
+        return False
+
     def tvm(self) -> dict[str, Any]:
         """What `tvm.target.Target` is made from."""
         return {"kind": "cuda", "arch": self.sm, "host": {"kind": "llvm", "mtriple": self.triple}}

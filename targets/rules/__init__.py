@@ -12,6 +12,7 @@ from .conv import Conv, Dense
 from .lane_conv import LaneConv
 from .nests import LoopNests
 from .permute import Permute
+from .permute_pad import PermutePad
 from .planar import Planar
 from .register_tile import TiledAnchor, Tiles, default_tile
 from .run_sums import RunSums
@@ -24,5 +25,5 @@ def rules_for(target: TargetSpec, tiles: Tiles = default_tile) -> list[Rule]:
     """The rules of a target in the order they are tried: the more special first. tiles: chooses their tiles."""
     return [
         *(rule(target, tiles) for rule in _TILED),
-        *(rule(target) for rule in (Permute, Softmax, Planar, RunSums, LoopNests)),
+        *(rule(target) for rule in (Permute, PermutePad, Softmax, Planar, RunSums, LoopNests)),
     ]

@@ -64,7 +64,8 @@ class LaneConv(TiledAnchor):
         chunks, lanes_loop = _sum_lanes(sch, total, at, lanes // summed)
         _count(sch, anchor, chunks)
         _use_tree(sch, total, lanes_loop, lanes // summed, self.target.arch)
-        schedule_rest(stages, self.target, {stages.name(b) for b in (anchor, total, main, *fused)})
+        nest.finish()
+        schedule_rest(stages, self.target, {stages.name(b) for b in (anchor, total, main, *nest.behind)})
         return sch
 
 

@@ -14,10 +14,17 @@ from tvm.s_tir import Schedule
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from bnncc.targets.descriptor import TargetSpec
+
 from .base import TASK_WORK, Rule, Stages, dtype_bits
 
 #: Elements of a cache line, and of a page: what lies pages apart shares sets of the first-level cache.
 _LINE, _PAGE = 16, 1024
+
+
+def square(target: TargetSpec) -> int:
+    """Rows and columns of a tile of elements of 32 bits."""
+    return 8 if target.vector_bits >= 256 else 4
 
 
 def transposed(rows: Sequence[Any]) -> list[Any]:
@@ -97,10 +104,9 @@ class Permute(Rule):
         block = sch.get(stages.blocks[0])
         source, result = block.reads[0].source, block.writes[0].source
         shape = [int(e) for e in source.shape]
-        axes = [iv.var for iv in block.iter_vars]
-        order = _order(block, axes)
+        order = order_of(block)
         swap = swapped_axes(shape, order) if order else None
-        size = 8 if self.target.vector_bits >= 256 else 4
+        size = square(self.target)
         if swap is None or dtype_bits(source.dtype) != 32:
             return "no exchange of two runs of axes of 32-bit elements"
         if min(swap[1:]) < size:
@@ -108,8 +114,9 @@ class Permute(Rule):
         return Schedule(_transposition(func, source, result, swap, size))
 
 
-def _order(block: Any, axes: list[Any]) -> list[int] | None:
-    """Axis i of the result is axis order[i] of the source."""
+def order_of(block: Any) -> list[int] | None:
+    """Axis i of the result of a transposition is axis order[i] of its source."""
+    axes = [iv.var for iv in block.iter_vars]
     at = [r.min for r in block.reads[0].region]
     found = [[i for i, index in enumerate(at) if index.same_as(var)] for var in axes]
     return [f[0] for f in found] if all(len(f) == 1 for f in found) else None

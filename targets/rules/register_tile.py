@@ -31,6 +31,8 @@ from bnncc.targets.intrinsics import MIN_LANES, Dot, use_dot
 from .base import REDUCED, SPATIAL, Rule, Stages, dtype_bits, extent, last_common, parallel_outer, partition, unroll
 from .nests import schedule_rest
 from .pack import Masks, block_lanes, in_order, schedule_bits
+from .permute import square
+from .turned import choose_chunk, turn, turned_stage
 
 #: Bytes of weights up to which the loop over output channels runs inside that over pixels (half of a small L1 cache).
 _CACHED_WEIGHTS = 16 << 10
@@ -195,9 +197,8 @@ class TiledAnchor(Rule):
         parts = accumulate(sch, last, nest.run(), scalar=self.scalar, dot=self.dot(sch.get(last)))
         if totals:
             accumulate(sch, anchors[0], parts)
-        if nest.masks:
-            nest.masks.finish()
-        done = {stages.name(b) for b in (*anchors, *totals, main, *fused) if b in stages.blocks}
+        nest.finish()
+        done = {stages.name(b) for b in (*anchors, *totals, main, *nest.behind) if b in stages.blocks}
         schedule_rest(stages, self.target, done)
         return sch
 
@@ -257,15 +258,17 @@ class TileNest:
         self.stages, self.sch, self.shape = stages, stages.sch, shape
         self.main, self.fused, self.target = main, fused, rule.target
         self.most_pixels = 64
+        self.turned = None if fused else turned_stage(stages, main, square(rule.target))
+        self.behind = (self.turned,) if self.turned else fused
         masked = fused and in_order(self.sch, fused[0], rule.target)
         self.masks = Masks(self.sch, fused[0], shape.lanes) if masked else None
-        chunk = shape.blocks if fused else None
+        chunk = shape.blocks if fused or self.turned else None
         if fused and not self.masks:
             self.channels = 8 * block_lanes(self.sch, fused[0])
             bits = dtype_bits(self.sch.get(main).writes[0].source.dtype)
             self.most_pixels = max(1, _STACK_BYTES * 8 // bits // self.channels)
             chunk = self.channels // shape.lanes
-        packed = "masks" if self.masks else "bits" if fused else "values"
+        packed = "masks" if self.masks else "bits" if fused else "planes" if self.turned else "values"
         written = "+".join(str(self.sch.get(b).writes[0].source.dtype) for b in stages.outputs)
         self.tile = rule.tiles(self._request(rule, f"{rule.name} to {packed} in {written}", last, chunk))
         if not fused or self.masks:
@@ -281,6 +284,8 @@ class TileNest:
     def run(self) -> LoopRV:
         """Schedules everything outside the reduction; returns the loop whose body is one register tile."""
         sch, main = self.sch, self.main
+        if self.turned:
+            return self._with_planes(self.turned)
         if not self.fused:
             loop = self._outer(main, self.channels)
             self._tile_loops(main)
@@ -322,6 +327,41 @@ class TileNest:
         masks.place(pack)
         unroll(sch, *sch.get_loops(pack)[-2 - pixel_loops : -1])
         return loop
+
+    def _with_planes(self, turned: SBlockRV) -> LoopRV:
+        """The same where a chunk of tiles is turned over at once."""
+        sch, main, shape, tile = self.sch, self.main, self.shape, self.tile
+        n, c, y, x = sch.get_loops(turned)
+        whole = extent(sch, n), extent(sch, y), extent(sch, x), extent(sch, c)
+        # TVM finds the tiles of a chunk that begins within a group not to be affine.
+        channels = self.channels if shape.groups == 1 else shape.group_outputs
+        self.chunk = chunk = choose_chunk(*whole, (tile.rows, tile.cols, channels), square(self.target))
+        co, ci = sch.split(c, [None, chunk.channels])
+        yo, yi = sch.split(y, [None, chunk.rows])
+        xo, xi = sch.split(x, [None, chunk.cols])
+        tasks = [co, n, yo, xo] if shape.weight_bytes > _CACHED_WEIGHTS else [n, yo, xo, co]
+        sch.reorder(*tasks, ci, yi, xi)
+        task = parallel_outer(sch, tasks, shape.vector_steps)
+        sch.compute_at(main, task, preserve_unit_loops=True)
+        sch.set_scope(main, 0, "local")
+        _, y, x, c = sch.get_loops(main)[-4:]
+        co, ci = sch.split(c, [None, self.channels])
+        yo, yi = sch.split(y, [None, tile.rows])
+        xo, xi = sch.split(x, [None, tile.cols])
+        sch.reorder(co, yo, xo, yi, xi, ci)
+        if chunk.cols % tile.cols:
+            partition(sch, xo)
+        self.pixel_loops = 2
+        self._tile_loops(main)
+        self.plane = sch.get_loops(turned)[-3]
+        return xo
+
+    def finish(self) -> None:
+        """What is put in the place of loops once all else is scheduled."""
+        if self.masks:
+            self.masks.finish()
+        if self.turned:
+            turn(self.sch, self.plane, self.chunk, square(self.target), self.turned)
 
     def _outer(self, block: SBlockRV, channels: int) -> LoopRV:
         """Splits pixels and channels of a stage into tiles, and orders and parallelises the loops over tiles."""

@@ -74,7 +74,7 @@ def steps(apply):
     """steps(module) → (what each kernel computes, how many values it writes), in order; no step reads ahead."""
 
     def of(mod):
-        plan = plan_memory(apply(FormKernels, mod), "model")
+        plan = plan_memory(apply(FormKernels(), mod), "model")
         written = set(plan.inputs)
         for step in (*plan.init, *plan.steps):
             (*read,) = step.args[: len(step.args) - step.outputs]
@@ -294,7 +294,7 @@ def test_only_the_callers_memory_may_lie_anywhere(apply, steps):
         middle = emit(R_.nn.softmax(emit(R_.nn.relu(x))))
         return emit(R_.reshape(middle, (3, 16))), emit(R_.abs(emit(R_.mean(middle, axis=[1]))))
 
-    after = apply(FormKernels, several((3, 16), body))
+    after = apply(FormKernels(), several((3, 16), body))
     kernels = {gv.name_hint: f for gv, f in after.functions_items() if gv.name_hint != "main"}
     declared = {name: [p.data_alignment for p in f.params] for name, f in kernels.items()}
     assert declared == {"fused_relu": [4, 64], "fused_softmax": [64, 4], "fused_mean_abs": [4, 4]}
@@ -308,7 +308,7 @@ def test_notes_name_the_layers_and_say_what_is_exact(apply):
         return c, move(c, "d")
 
     origins = {"a": ("a", "stem.conv"), "b": ("b", "stem.relu"), "c": ("c", "stem.relu"), "d": ("d", "head")}
-    after = apply(FormKernels, with_attributes(several(SHAPE, body), origins))
+    after = apply(FormKernels(), with_attributes(several(SHAPE, body), origins))
     notes = [json.loads(str(note)) for _, note in sorted(after["main"].attrs[STEPS].items(), key=lambda i: str(i[0]))]
     assert notes == [
         {"op": "permute_dims+relu+exp", "layers": ["stem.conv", "stem.relu"], "exact": False},
@@ -322,7 +322,7 @@ def test_every_output_of_a_kernel_keeps_the_name_of_its_value():
         return move(total, "moved"), product(pack(total, padding=(1, 1, 1, 1)), "acc")
 
     mod = with_attributes(several(SHAPE, body), {"total": ("add_3", "block"), "acc": ("conv", "block.conv")})
-    plan = plan_memory(FormKernels(mod), "model")
+    plan = plan_memory(FormKernels()(mod), "model")
     nodes = {t.name: t.value.node for t in plan.tensors if t.value}
     assert nodes == {"total": "add_3", "acc": "conv"}
 
@@ -335,7 +335,7 @@ def test_equal_layers_share_their_kernel(function, apply):
             x = move(x)
         return x
 
-    plan = plan_memory(apply(FormKernels, function(SHAPE, body)), "model")
+    plan = plan_memory(apply(FormKernels(), function(SHAPE, body)), "model")
     first, second, third, last = (step.kernel for step in plan.steps)
     assert second == third and len({first, second, last}) == 3
 
@@ -369,7 +369,7 @@ def test_uses_that_our_computes_do_not_serve(name, function, apply, execute):
     """They go to TVM's own computes, never into a compute of ours that would ignore an attribute."""
     body, tolerance = BY_TVM[name]
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-    (ours,) = execute(apply(FormKernels, function(SHAPE, body)), x.numpy())
+    (ours,) = execute(apply(FormKernels(), function(SHAPE, body)), x.numpy())
     np.testing.assert_allclose(ours, by_torch(name, x).numpy(), rtol=tolerance, atol=tolerance)
 
 
@@ -379,7 +379,7 @@ def test_an_operator_without_a_kernel_is_one_clear_line(monkeypatch, function):
         several((4, 4), lambda x: [emit(R_.cumsum(x, axis=1), "y")]), {"y": ("cumsum", "layer2.0.sums")}
     )
     with pytest.raises(BnnccError, match=r"^cannot compile cumsum of module 'layer2.0.sums' \(node y\): .*$"):
-        FormKernels(mod)
+        FormKernels()(mod)
 
 
 @pytest.mark.parametrize(
@@ -405,7 +405,7 @@ def test_weights_keep_their_axes(weight, function, apply):
             **attrs,
         )
 
-    plan = plan_memory(apply(FormKernels, function((1, 5, 5, channels), body)), "model")
+    plan = plan_memory(apply(FormKernels(), function((1, 5, 5, channels), body)), "model")
     assert [t.shape for t in plan.tensors if t.space == "weights"] == [weight]
 
 
@@ -413,7 +413,7 @@ def check_values(mod, evaluate, execute):
     shape = [int(e) for e in mod["main"].params[0].ty.shape]
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     eager = evaluate(mod, x)
-    ours = execute(FormKernels(OwnOutputs(mod)), x.numpy())
+    ours = execute(FormKernels()(OwnOutputs(mod)), x.numpy())
     for mine, theirs in zip(ours, eager if isinstance(eager, tuple) else (eager,), strict=True):
         assert np.array_equal(mine, theirs.numpy())
 
@@ -476,6 +476,49 @@ def test_special_values_through_elementwise_kernels(special, evaluate, execute):
     """NaN, both zeros, infinities and denormals, all operators in one module; −0 counts as 0."""
     x = torch.cat([special, torch.randn(64, generator=torch.Generator().manual_seed(0))])
     mod = several(tuple(x.shape), lambda x: [emit(body(x)) for body in SPECIAL.values()])
-    ours = execute(FormKernels(mod), x.numpy())
+    ours = execute(FormKernels()(mod), x.numpy())
     for name, mine, theirs in zip(SPECIAL, ours, evaluate(mod, x), strict=True):
         assert np.array_equal(mine, theirs.numpy(), equal_nan=True), name
+
+
+class _Planes:
+    """A target whose convolutions bring their results to NCHW if they have 16 channels."""
+
+    @staticmethod
+    def turns_results(shape, groups, dtype):
+        assert groups == 1 and dtype == "float32"
+        return shape[-1] == 16
+
+
+def _turned(channels, axes=(0, 3, 1, 2), *, read=False, relu=True):
+    """A convolution, a ReLU and a transposition; `read`: the ReLU's result is read besides."""
+    weight = relax.const(np.ones((1, 1, 1, 1, 4, channels), "float32"))
+    attrs = {"out_channels": channels, "kernel_size": (1, 1), "strides": (1, 1), "dilation": (1, 1)}
+
+    def body(x):
+        y = emit(call("conv2d", [x, weight], **attrs))
+        y = emit(R_.nn.relu(y)) if relu else y
+        planes = emit(R_.permute_dims(y, axes))
+        return (planes, emit(R_.sqrt(y))) if read else (planes,)
+
+    return several((2, 5, 6, 4), body)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_a_convolution_brings_its_result_to_nchw(apply, relu):
+    plan = plan_memory(apply(FormKernels(_Planes()), _turned(16, relu=relu)), "model")
+    assert [step.op for step in plan.steps] == ["conv2d+relu+permute_dims" if relu else "conv2d+permute_dims"]
+    assert plan.tensors[plan.outputs[0]].shape == (2, 16, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("target", "channels", "axes", "read"),
+    [
+        (None, 16, (0, 3, 1, 2), False), (_Planes(), 8, (0, 3, 1, 2), False), (_Planes(), 16, (0, 3, 2, 1), False),
+        (_Planes(), 16, (0, 3, 1, 2), True),
+    ],
+)  # fmt: skip
+def test_do_not_fuse_a_transposition(apply, target, channels, axes, read):
+    """No such target, other channels, another order, a result that is read in NHWC, too."""
+    plan = plan_memory(apply(FormKernels(target), _turned(channels, axes, read=read)), "model")
+    assert "permute_dims" in [step.op for step in plan.steps]

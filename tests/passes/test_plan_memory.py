@@ -120,7 +120,7 @@ def test_a_resnet_needs_no_more_than_its_peak():
 
 
 def plan_of(module):
-    return plan_memory(FormKernels(OwnOutputs(module)), "model")
+    return plan_memory(FormKernels()(OwnOutputs(module)), "model")
 
 
 def emit(value, name=""):

@@ -169,4 +169,4 @@ def test_every_side_rounds_alike_ties_included(low, high, function, evaluate, ex
     mod = function(x.shape, lambda v: quantize(v, low, high))
     expected = levels.values[levels.of(x)]
     np.testing.assert_array_equal(evaluate(mod, torch.from_numpy(x)).numpy(), expected)
-    np.testing.assert_array_equal(execute(FormKernels(mod), x)[0], expected)
+    np.testing.assert_array_equal(execute(FormKernels()(mod), x)[0], expected)
