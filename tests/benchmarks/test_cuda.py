@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks import cuda, cuda_build, cuda_claims, cuda_device, cuda_folder, cuda_limits, cuda_peers, cuda_twins, zoo
 from benchmarks.cuda_inputs import awkward, image
 from bnncc.compiler import Options
-from bnncc.layers import QConv2d
+from bnncc.layers import QConv2d, QLinear
 from bnncc.targets.cuda import toolchain
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +138,7 @@ def test_what_was_not_measured_says_why():
 
 
 class _Small(nn.Sequential):
-    """A float stem, two binary convolutions, a dense layer: what the networks are made of."""
+    """A float stem, two binary convolutions, signs of a reshape, a dense layer: what the networks are made of."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -148,7 +148,7 @@ class _Small(nn.Sequential):
         super().__init__(
             nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), norms[0],
             QConv2d(16, 16, 3, padding=1), norms[1], QConv2d(16, 16, 3, padding=1), norms[2],
-            nn.Flatten(), nn.Linear(16 * 4 * 4, 10),
+            nn.Flatten(), QLinear(16 * 4 * 4, 16), nn.Linear(16, 10),
         )  # fmt: skip
 
 
@@ -170,8 +170,8 @@ def _tiny(patch):
 
 
 def _plain(model):
-    layers = [nn.Conv2d(16, 16, 3, padding=1, bias=False) if isinstance(m, QConv2d) else m for m in model]
-    return nn.Sequential(*layers).eval()
+    plain = {QConv2d: nn.Conv2d(16, 16, 3, padding=1, bias=False), QLinear: nn.Linear(16 * 4 * 4, 16, bias=False)}
+    return nn.Sequential(*(plain.get(type(layer), layer) for layer in model)).eval()
 
 
 @pytest.fixture(scope="module")

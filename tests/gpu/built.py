@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.cuda_inputs import awkward
 from bnncc.runtime.errors import BnnccError
+from bnncc.runtime.manifest import VersionEntry
 from bnncc.runtime.session import Session
 from bnncc.runtime.values import StoredValue
 
@@ -60,6 +61,7 @@ class OnTheCpu:
         self.session = Session(path)
         tensors = self.session.version["tensors"]
         self._stored = {value.id: value for value in map(StoredValue.of, tensors) if value is not None}
+        self._renamed = _renamed(self.session.version)
 
     def __enter__(self) -> OnTheCpu:
         return self
@@ -78,8 +80,7 @@ class OnTheCpu:
         return {node: np.concatenate([sample[node] for sample in samples]) for node in nodes}
 
     def _values(self, sample: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """Every value of the network, read as soon as a step has made it, or just before a step reads it: a reshape is
-        another tensor of the same memory, which no step makes."""
+        """Every value of the network, read as soon as a step has made it, or just before a step reads it."""
         version = self.session.version
         for tensor, array in zip(version["inputs"], sample, strict=True):
             self.session.write(tensor, array)
@@ -93,11 +94,25 @@ class OnTheCpu:
         return found
 
     def _read(self, tensors: Sequence[int], found: dict[str, np.ndarray]) -> None:
-        for id_ in tensors:
+        for id_ in (same for tensor in tensors for same in (tensor, *self._renamed.get(tensor, ()))):
             value = self._stored.get(id_)
             if value is not None and value.node not in found:
                 decoded = value.decode(self.session.read(id_))
                 found[value.node] = decoded if value.order is None else decoded.transpose(np.argsort(value.order))
+
+
+def _renamed(version: VersionEntry) -> dict[int, list[int]]:
+    """Tensors that no step names, by the one that they are a reshape of: the last one before them in that memory."""
+    named = {id_ for step in version["steps"] for id_ in step["args"]}
+    last: dict[tuple[str, int], int] = {}
+    found: dict[int, list[int]] = {}
+    for tensor in sorted(version["tensors"], key=lambda tensor: tensor["id"]):
+        place = tensor["space"], tensor["offset"]
+        if tensor["id"] in named:
+            last[place] = tensor["id"]
+        elif place in last:
+            found.setdefault(last[place], []).append(tensor["id"])
+    return found
 
 
 def _each_once(inputs: Sequence[np.ndarray], compute: Callable[[list[np.ndarray]], T]) -> list[T]:
