@@ -65,7 +65,9 @@ class _Lower(Rewriter):
         form = self.form_of(var, weight)
         x = self.padded(var, self.unrounded(value.args[0]) if form else value.args[0], a["padding"])
         packed = self.packed(var, weight, a["groups"], "conv2d", form)
-        return call("conv2d", [x, packed], **common, **({"form": form} if form else {}))
+        top, _, bottom, _ = a["padding"]
+        zeros = {"zero_rows": (top, bottom)} if (top or bottom) and np.isfinite(weight).all() else {}
+        return call("conv2d", [x, packed], **common, **({"form": form} if form else {}), **zeros)
 
     def planar(self, var: Any, value: relax.Call) -> Any:
         a = attributes(value)

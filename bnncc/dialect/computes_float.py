@@ -16,7 +16,7 @@ from tvm import te, tirx
 from . import functions
 from .computes_pool import avg_pool2d, max_pool2d, mean, softmax
 from .scalars import clip_value, f32, fma, prelu_value, relu_value, rounded, rounded_to, sign_value, unless_nan
-from .stages import ROLE, ROUNDED, Padding, extents, mismatches_of, staged, window
+from .stages import ROLE, ROUNDED, ZERO_ROWS, Padding, extents, mismatches_of, staged, window
 
 __all__ = [
     "add", "avg_pool2d", "broadcast", "clip", "clip_value", "conv2d", "dense", "depthwise_conv2d", "divide",
@@ -157,11 +157,14 @@ def conv2d(
     strides: tuple[int, int] = (1, 1),
     dilation: tuple[int, int] = (1, 1),
     form: str = "",
+    zero_rows: tuple[int, int] = (0, 0),
 ) -> te.Tensor:
     """Float convolution: x [N, H, W, G·CI], already padded, by w [G, OB, KH, KW, CI, OL] → [N, OH, OW, out_channels].
 
     form: what x is rounded to, as in `scalars.rounded_to`, if it is. The weights are so rounded already; of "float16"
     they are, in words of two channels of the input, uint32 [G, OB, KH, KW, CI/2, OL].
+    zero_rows: how many of x's first and last rows are padding with 0, where all weights are finite: schedules may leave
+    their products out.
     The sum's order is (KH, KW, CI) by fused multiply-adds; eager's differs, so the result is never exact.
     """
     batch, height, width, _ = extents(x)
@@ -176,7 +179,7 @@ def conv2d(
         return te.sum(_operand(own, form) * weight, axis=[i, j, *of_depth])
 
     shape = (batch, oh, ow, groups, blocks, lanes)
-    sums = te.compute(shape, term, name="conv2d", attrs=_attrs("conv2d", form))
+    sums = te.compute(shape, term, name="conv2d", attrs=_attrs("conv2d", form, zero_rows))
     group_out = out_channels // groups
 
     def unblocked(n: Any, y: Any, x_: Any, o: Any) -> Any:
@@ -187,8 +190,9 @@ def conv2d(
     return te.compute((batch, oh, ow, out_channels), unblocked, name="unblocked")
 
 
-def _attrs(role: str, form: str) -> dict[str, str]:
-    return {ROLE: role, ROUNDED: form} if form else {ROLE: role}
+def _attrs(role: str, form: str, zero_rows: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+    rounded = {ROUNDED: form} if form else {}
+    return {ROLE: role, **rounded, **({ZERO_ROWS: list(zero_rows)} if any(zero_rows) else {})}
 
 
 def _operand(x: Any, form: str) -> Any:

@@ -61,6 +61,10 @@ FORM = "bnncc.form"
 #: "tf32" or "float16". Weights are so rounded already; of float16 they are, two channels of the input to a word.
 ROUNDED = "bnncc.rounded"
 
+#: Key of the annotation of "conv2d" that says how many of the first and last rows of its input are zeros, where finite
+#: weights make them count for nothing.
+ZERO_ROWS = "bnncc.zero_rows"
+
 #: Key of the annotation of a "reduction" that sums runs of values beside each other: how many to a run.
 RUN_LENGTH = "bnncc.run_length"
 #: Key of the annotation of "concat" that says of how many channels the runs are that all come from one tensor.

@@ -48,12 +48,22 @@ def test_a_convolution(check, v3):
             with R.dataflow():
                 p = R.nn.pad(x, (0, 0, 1, 0, 2, 3, 0, 0))
                 y = R.bnncc.conv2d(
-                    p, R.const(tiled), out_channels=8, kernel_size=(3, 3), strides=(2, 2), dilation=(1, 1)
-                )
+                    p, R.const(tiled), out_channels=8, kernel_size=(3, 3), strides=(2, 2), dilation=(1, 1),
+                    zero_rows=(1, 0),
+                )  # fmt: skip
                 R.output(y)
             return y
 
     check(LowerFloat(v3), Before, Expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_zeros_count_where_a_weight_is_not_finite(apply, calls, v3, function, value):
+    weight = W.copy()
+    weight[0, 0, 0, 0] = value
+    after = apply(LowerFloat(v3), function((1, 6, 6, 4), lambda x: nhwc(x, weight, padding=1)))
+    (conv,) = (b.value for b in after["main"].body.blocks[0].bindings if is_call(b.value, "bnncc.conv2d"))
+    assert "zero_rows" not in attributes(conv)
 
 
 def test_a_linear_layer(function, check, v3):

@@ -32,6 +32,11 @@ def _floats(*shape: int) -> np.ndarray:
     return rng.standard_normal(shape).astype(np.float32)
 
 
+def _integers(*shape: int) -> np.ndarray:
+    """Floats whose products and sums are exact."""
+    return rng.integers(-4, 5, shape).astype(np.float32)
+
+
 def _nchw(x: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
 
@@ -68,6 +73,35 @@ def test_conv2d(target, image, channels, out, kernel, strides, dilation, groups)
     assert not emit.unscheduled(built.scheduled)
     expected = np.maximum(reference.conv2d(x, w, strides, dilation, groups) * a + b, 0)
     _assert_close_sums(built(x, packed, a, b), expected, w[0].size)
+
+
+# Tiles of one row and of several; windows of zeros only; a row whose every other position lies in the image.
+@pytest.mark.parametrize(
+    ("image", "kernel", "padding", "strides", "dilation"),
+    [
+        ((1, 9, 9), 3, (1, 1, 1, 1), (1, 1), (1, 1)), ((2, 6, 5), 3, (1, 1, 1, 1), (1, 1), (1, 1)),
+        ((1, 8, 30), 7, (3, 3, 3, 3), (2, 2), (1, 1)), ((1, 1, 1), 3, (1, 1, 1, 1), (1, 1), (1, 1)),
+        ((3, 2, 20), 3, (5, 0, 4, 2), (1, 1), (1, 1)), ((1, 7, 12), 3, (4, 1, 0, 1), (1, 1), (3, 2)),
+        ((1, 10, 6), 5, (0, 2, 3, 2), (2, 1), (2, 1)), ((1, 4, 4), 1, (1, 1, 1, 1), (1, 1), (1, 1)),
+    ],
+)  # fmt: skip
+def test_zeros_around_a_convolution(target: TargetSpec, image, kernel, padding, strides, dilation) -> None:
+    x = reference.pad_pixels(_integers(*image, 6), padding, 0)
+    w = _integers(32, 6, kernel, kernel)
+    packed = reference.block_conv_weights(w, 1, target.conv_lanes(32))
+    zero_rows = padding[0], padding[2]
+    built = Kernel(
+        target,
+        lambda x, w: F.conv2d(x, w, out_channels=32, strides=strides, dilation=dilation, zero_rows=zero_rows),
+        x, packed,
+    )  # fmt: skip
+    assert not emit.unscheduled(built.scheduled)
+    expected = reference.conv2d(x, w, strides, dilation, 1)
+    np.testing.assert_array_equal(built(x, packed), expected)
+    # What lies in the rows of zeros is not read where a tile has one row.
+    one_row = expected.shape[2] > 16 and kernel > 1
+    x[:, : zero_rows[0]], x[:, x.shape[1] - zero_rows[1] :] = (np.nan, np.nan) if one_row else (0, 0)
+    np.testing.assert_array_equal(built(x, packed), expected)
 
 
 @pytest.mark.parametrize("sizes", [(16, 16), (160, 64, 64), (64, 16, 32), (48,)])
