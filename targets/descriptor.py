@@ -51,6 +51,7 @@ class TargetSpec:
     max_lanes: bound of the lanes of a `BitLayout`.
     masks: comparisons of vectors give masks of bits, which are packed channels if those lie in order (`max_lanes` 1).
     lane_bytes: bytes of the reduction that a binary product keeps in the lanes of a vector; 0: there lie channels.
+    assembles_steps: whether the steps of those products come in assembler, see `bnncc.targets.in_order`.
     float_lanes: float32 values in a vector.
     popcount: how a binary product counts, see `bnncc.targets.rules.binary_conv`:
         "vector" (one instruction), "table" (LLVM's lookup by byte shuffles), "scalar" (POPCNT of single words),
@@ -79,6 +80,7 @@ class TargetSpec:
     max_lanes: int = 16
     masks: bool = False
     lane_bytes: int = 0
+    assembles_steps: bool = False
     flushes_denormals: bool = False
     llvm_level: int = 3
     llvm_features: tuple[str, ...] = ()
@@ -242,6 +244,7 @@ def _aarch64(name: str, cpu: str, description: str, *, dotprod: bool = False) ->
         most_plane_pairs=4,
         max_lanes=8,
         lane_bytes=16,
+        assembles_steps=cpu in _IN_ORDER,
         # Level 3 unrolls the steps of a binary convolution, then spills their sums.
         llvm_level=2,
         llvm_features=("+neon", "+dotprod") if dotprod else ("+neon",),

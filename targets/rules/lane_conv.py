@@ -29,6 +29,7 @@ from bnncc.targets.descriptor import TargetSpec
 from bnncc.targets.intrinsics import replace_body, vpadd
 
 from .base import REDUCED, SPATIAL, Stages, last_common, unroll
+from .lane_steps import use_assembler
 from .nests import schedule_rest
 from .register_tile import Shape, Tile, TiledAnchor, TileNest, TileRequest, anchor_shape, fused_pack, row_pixels
 
@@ -62,10 +63,12 @@ class LaneConv(TiledAnchor):
         nest = _LaneNest(self, stages, shape, main, fused, total, lanes // summed)
         at = nest.run()
         chunks, lanes_loop = _sum_lanes(sch, total, at, lanes // summed)
-        _count(sch, anchor, chunks)
+        steps = _count(sch, anchor, chunks)
         _use_tree(sch, total, lanes_loop, lanes // summed, self.target.arch)
         nest.finish()
         schedule_rest(stages, self.target, {stages.name(b) for b in (anchor, total, main, *nest.behind)})
+        if self.target.assembles_steps:
+            use_assembler(sch, steps)
         return sch
 
 
@@ -119,8 +122,9 @@ def _sum_lanes(sch: Schedule, total: SBlockRV, at: LoopRV, pixels: int) -> tuple
     return chunks[-1], inner[0] if inner else c
 
 
-def _count(sch: Schedule, anchor: SBlockRV, at: LoopRV) -> None:
-    """Moves the counts of single bytes under `at`, the chunk that they belong to."""
+def _count(sch: Schedule, anchor: SBlockRV, at: LoopRV) -> LoopRV:
+    """Moves the counts of single bytes under `at`, the chunk that they belong to; returns the outermost loop
+    over their reduction."""
     sch.compute_at(anchor, at, preserve_unit_loops=True)
     axes = sch.get(anchor).iter_vars
     loops = sch.get_loops(anchor)[-len(axes) :]
@@ -134,6 +138,7 @@ def _count(sch: Schedule, anchor: SBlockRV, at: LoopRV) -> None:
     unroll(sch, *others)
     sch.vectorize(lane)
     sch.set_scope(anchor, 0, "local")
+    return reduced[0]
 
 
 def _use_tree(sch: Schedule, update: SBlockRV, outer: LoopRV, pixels: int, arch: str) -> None:

@@ -47,7 +47,7 @@ def _run(model: nn.Module, inputs: tuple[torch.Tensor, ...], folder: Path, targe
         return device.run([x.numpy() for x in inputs])
 
 
-@each_neon
+@pytest.mark.parametrize("target", ["rpi4", "rpi3", "rpi2", "rpi3-32"])
 def test_sums_across_lanes(target: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     images = []
@@ -57,6 +57,49 @@ def test_sums_across_lanes(target: str, tmp_path: Path) -> None:
         images.append(x)
     model = _Convolutions()
     for actual, expected in zip(_run(model, tuple(images), tmp_path, target), model(*images), strict=True):
+        np.testing.assert_array_equal(actual, expected.numpy())
+
+
+class _Windows(nn.Module):
+    """Binary convolutions whose steps differ: rests of rows, strides and dilations, long rows, one row or column."""
+
+    CASES = (
+        # channels, height and width, window, strides, dilation
+        (64, (5, 14), (3, 3), 1, 1),
+        (128, (5, 9), (3, 3), 1, 1),
+        (128, (7, 12), (3, 3), 2, 1),
+        (128, (9, 11), (3, 3), 1, (3, 2)),
+        (256, (4, 131), (3, 3), 1, 1),
+        (384, (5, 6), (2, 3), (2, 1), 1),
+        (512, (4, 4), (1, 1), 1, 1),
+        (1280, (3, 6), (3, 3), 1, 1),
+        (128, (3, 12), (1, 7), 1, 1),
+        (128, (9, 3), (7, 1), 1, 1),
+        (57, (4, 8), (3, 3), 1, 1),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        for index, (channels, _, window, *_) in enumerate(self.CASES):
+            weight = torch.randint(0, 2, (16, channels, *window), generator=generator) * 2.0 - 1
+            self.register_buffer(f"weight{index}", weight)
+
+    def forward(self, *images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        signs = [torch.where(x >= 0, 1.0, -1.0) for x in images]
+        return tuple(
+            F.conv2d(x, getattr(self, f"weight{n}"), None, strides, 0, dilation)
+            for n, (x, (_, _, _, strides, dilation)) in enumerate(zip(signs, self.CASES, strict=True))
+        )
+
+
+@pytest.mark.parametrize("target", ["rpi3", "rpi4"])
+def test_steps_of_every_window(target: str, tmp_path: Path) -> None:
+    """On rpi3 the steps come in assembler."""
+    generator = torch.Generator().manual_seed(1)
+    images = tuple(torch.randn(1, c, *size, generator=generator) for c, size, *_ in _Windows.CASES)
+    model = _Windows()
+    for actual, expected in zip(_run(model, images, tmp_path, target), model(*images), strict=True):
         np.testing.assert_array_equal(actual, expected.numpy())
 
 
