@@ -12,7 +12,10 @@
 #include "cpu.h"
 #include "driver.h"
 
-enum { SPIN_NANOSECONDS = 100000, STACK_BYTES = 1 << 20, MOST_TASKS = 0xffff };
+enum { SPIN_NANOSECONDS = 100000, STACK_BYTES = 1 << 20 };
+/* How long the launching thread waits for a worker before it looks whether that has begun at all: to look costs the
+ * worker a transfer between caches. */
+enum { PATIENCE_NANOSECONDS = 2000 };
 
 /* The pool that a parallel loop on this thread belongs to; TVM's hook has no argument that could carry it. */
 static _Thread_local Worker *current;
@@ -39,59 +42,68 @@ static int64_t now(void) {
   return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* Spins until *word differs from `seen`, for a while at most. */
-static void spin_while(const Pool *pool, _Atomic uint32_t *word, uint32_t seen) {
-  if (!pool->spin) return;
-  int64_t deadline = now() + SPIN_NANOSECONDS;
+/* Spins until *word differs from `seen`, for a while at most; returns whether it does. */
+static int spin_while(_Atomic uint32_t *word, uint32_t seen, int64_t nanoseconds) {
+  int64_t deadline = now() + nanoseconds;
   do {
     for (int i = 0; i < 64; i++) {
-      if (atomic_load_explicit(word, memory_order_acquire) != seen) return;
+      if (atomic_load_explicit(word, memory_order_acquire) != seen) return 1;
       cpu_relax();
     }
   } while (now() < deadline);
+  return 0;
 }
 
-/* The next task of the launch in progress, or -1. */
-static int take_task(Pool *pool) {
-  uint64_t ticket = atomic_load_explicit(&pool->ticket, memory_order_acquire);
-  do {
-    if ((ticket & 0xffff) >= (ticket >> 16 & 0xffff)) return -1;
-  } while (!atomic_compare_exchange_weak_explicit(&pool->ticket, &ticket, ticket + 1, memory_order_acq_rel,
-                                                  memory_order_acquire));
-  return (int)(ticket & 0xffff);
-}
-
-static void run_tasks(Pool *pool, Worker *self) {
-  for (int task; (task = take_task(pool)) >= 0;) {
-    uint32_t tasks = (uint32_t)pool->env.num_task;
+/* Runs a share on the thread of `self`. */
+static void run_share(Pool *pool, Worker *self, Share *share) {
+  for (int task = share->first; task < share->end; task++) {
     size_t mark = self->scratch.used;
-    if (pool->lambda(task, &pool->env, pool->data) && !atomic_exchange(&pool->failed, 1))
+    if (share->lambda(task, &share->env, share->data) && !atomic_exchange(&pool->failed, 1))
       strncpy(pool->error, bnncc_error(), sizeof pool->error - 1);
     self->scratch.used = mark;
-    /* After the last increment the launching thread may go on at once: the job is not ours any more. */
-    if (atomic_fetch_add(&pool->done, 1) + 1 == tasks && atomic_load(&pool->launcher_sleeps))
-      futex_wake(&pool->done, 1);
   }
+}
+
+/* Whether share number `launch` of a worker is the caller's now. Until it is taken and done, no next one is given out;
+ * so its number and its content stay, and whoever comes too late finds it taken. */
+static int take(Worker *worker, uint32_t launch) {
+  uint32_t before = launch - 1;
+  return atomic_compare_exchange_strong(&worker->taken, &before, launch);
 }
 
 static void *work(void *argument) {
   Worker *self = current = argument;
   Pool *pool = self->pool;
   self->in_task = 1;
-  for (;;) {
-    uint32_t seen = atomic_load(&pool->launches); /* first of all: whatever comes later must end the wait */
+  for (uint32_t seen = 0;;) {
+    if (!spin_while(&self->launch, seen, SPIN_NANOSECONDS)) {
+      atomic_store(&self->asleep, 1);
+      while (atomic_load(&self->launch) == seen) futex_wait(&self->launch, seen);
+      atomic_store(&self->asleep, 0);
+    }
+    seen = atomic_load_explicit(&self->launch, memory_order_acquire);
     if (atomic_load(&pool->stop)) return NULL;
-    run_tasks(pool, self);
-    spin_while(pool, &pool->launches, seen);
-    atomic_fetch_add(&pool->sleepers, 1);
-    while (atomic_load(&pool->launches) == seen) futex_wait(&pool->launches, seen);
-    atomic_fetch_sub(&pool->sleepers, 1);
+    if (!take(self, seen)) continue;
+    run_share(pool, self, &self->share);
+    atomic_store(&self->done, seen);
+    if (atomic_load(&pool->launcher_sleeps)) futex_wake(&self->done, 1);
   }
 }
 
-static void announce(Pool *pool) {
-  atomic_fetch_add(&pool->launches, 1);
-  if (atomic_load(&pool->sleepers)) futex_wake(&pool->launches, pool->threads);
+/* Waits until the worker's share is done; does it here if the worker has not begun. */
+static void finish_share(Pool *pool, Worker *worker) {
+  uint32_t launch = atomic_load_explicit(&worker->launch, memory_order_relaxed), done;
+  /* What `done` says now: an older launch where this thread did the last ones. */
+  if ((done = atomic_load_explicit(&worker->done, memory_order_acquire)) == launch) return;
+  if (spin_while(&worker->done, done, PATIENCE_NANOSECONDS)) return;
+  if (atomic_load_explicit(&worker->taken, memory_order_acquire) != launch && take(worker, launch)) {
+    run_share(pool, &pool->workers[0], &worker->share);
+    return;
+  }
+  if (spin_while(&worker->done, done, SPIN_NANOSECONDS)) return;
+  atomic_store(&pool->launcher_sleeps, 1);
+  while ((done = atomic_load(&worker->done)) != launch) futex_wait(&worker->done, done);
+  atomic_store(&pool->launcher_sleeps, 0);
 }
 
 /* Starts the workers; where the system refuses some, the pool works with those it got. */
@@ -104,33 +116,41 @@ static void start(Pool *pool) {
   pthread_sigmask(SIG_SETMASK, &all, &before);
   pool->process = getpid();
   int count = 1;
-  while (count < pool->threads &&
-         !pthread_create(&pool->workers[count].thread, &attributes, work, &pool->workers[count]))
+  while (count < pool->crew && !pthread_create(&pool->workers[count].thread, &attributes, work, &pool->workers[count]))
     count++;
   pthread_sigmask(SIG_SETMASK, &before, NULL);
   pthread_attr_destroy(&attributes);
-  pool->threads = count;
+  pool->crew = count;
   pool->started = count - 1;
 }
 
 int pool_init(Pool *pool, int threads) {
+  int cpus = cpu_count();
+  return pool_hire(pool, threads, threads < cpus ? threads : cpus);
+}
+
+int pool_hire(Pool *pool, int threads, int crew) {
   memset(pool, 0, sizeof *pool);
-  pool->workers = calloc((size_t)threads, sizeof(Worker));
+  pool->workers = aligned_alloc(APART, (size_t)crew * sizeof(Worker));
   if (!pool->workers) return bnncc_fail("out of memory for %d threads", threads);
+  memset(pool->workers, 0, (size_t)crew * sizeof(Worker));
   pool->threads = threads;
-  pool->spin = threads <= cpu_count();
-  for (int i = 0; i < threads; i++) pool->workers[i].pool = pool;
+  pool->crew = crew;
+  for (int i = 0; i < crew; i++) pool->workers[i].pool = pool;
   return 0;
 }
 
 void pool_destroy(Pool *pool) {
   if (!pool->workers) return;
   atomic_store(&pool->stop, 1);
-  announce(pool);
+  for (int i = 1; i <= pool->started; i++) {
+    atomic_fetch_add(&pool->workers[i].launch, 1);
+    futex_wake(&pool->workers[i].launch, 1);
+  }
   /* A forked child has the pool's memory but not its threads. */
   if (pool->started && pool->process == getpid())
     for (int i = 1; i <= pool->started; i++) pthread_join(pool->workers[i].thread, NULL);
-  for (int i = 0; i < pool->threads; i++) free(pool->workers[i].scratch.base);
+  for (int i = 0; i < pool->crew; i++) free(pool->workers[i].scratch.base);
   free(pool->workers);
   memset(pool, 0, sizeof *pool);
 }
@@ -149,33 +169,34 @@ void pool_reset_scratch(Pool *pool) { pool->workers[0].scratch.used = 0; }
 static int parallel_launch(ParallelLambda lambda, void *data, int num_task) {
   Worker *self = current;
   Pool *pool = self ? self->pool : NULL;
-  if (!pool || self->in_task || pool->threads == 1 || num_task == 1 || num_task > MOST_TASKS) {
+  if (!pool || self->in_task || pool->threads == 1 || num_task == 1) {
     ParallelEnv env = {.num_task = num_task > 0 ? num_task : 1};
     int failed = 0;
     for (int task = 0; task < env.num_task && !failed; task++) failed = lambda(task, &env, data);
     return failed;
   }
-  if (!pool->started) start(pool);
-  uint32_t tasks = (uint32_t)(num_task > 0 ? num_task : pool->threads);
-  pool->lambda = lambda;
-  pool->data = data;
-  pool->env = (ParallelEnv){.num_task = (int32_t)tasks};
-  atomic_store_explicit(&pool->failed, 0, memory_order_relaxed);
-  atomic_store_explicit(&pool->done, 0, memory_order_relaxed);
-  uint64_t launch = (atomic_load_explicit(&pool->ticket, memory_order_relaxed) >> 32) + 1;
-  atomic_store_explicit(&pool->ticket, launch << 32 | tasks << 16, memory_order_release);
-  announce(pool);
-
-  self->in_task = 1;
-  run_tasks(pool, self);
-  self->in_task = 0;
-  for (uint32_t done; (done = atomic_load_explicit(&pool->done, memory_order_acquire)) < tasks;) {
-    spin_while(pool, &pool->done, done);
-    atomic_store(&pool->launcher_sleeps, 1);
-    if ((done = atomic_load(&pool->done)) < tasks) futex_wait(&pool->done, done);
-    atomic_store(&pool->launcher_sleeps, 0);
+  if (!pool->started && pool->crew > 1) start(pool);
+  int tasks = num_task > 0 ? num_task : pool->threads;
+  int shares = tasks < pool->crew ? tasks : pool->crew;
+  for (int i = 0, first = 0; i < shares; i++) {
+    Worker *worker = &pool->workers[i];
+    int end = (int)((int64_t)(i + 1) * tasks / shares);
+    worker->share = (Share){lambda, data, {.num_task = tasks}, first, end};
+    first = end;
+    if (!i) continue;
+    /* Without a fence, which would wait for the worker's cache line: one that falls asleep right now may stay so, and
+     * the launching thread does its share. */
+    uint32_t asleep = atomic_load_explicit(&worker->asleep, memory_order_relaxed);
+    uint32_t launch = atomic_load_explicit(&worker->launch, memory_order_relaxed);
+    atomic_store_explicit(&worker->launch, launch + 1, memory_order_release);
+    if (asleep) futex_wake(&worker->launch, 1);
   }
+  self->in_task = 1;
+  run_share(pool, self, &self->share);
+  for (int i = 1; i < shares; i++) finish_share(pool, &pool->workers[i]);
+  self->in_task = 0;
   if (!atomic_load_explicit(&pool->failed, memory_order_relaxed)) return 0;
+  atomic_store_explicit(&pool->failed, 0, memory_order_relaxed);
   return bnncc_fail("%s", pool->error);
 }
 

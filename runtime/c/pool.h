@@ -1,8 +1,9 @@
 /* Worker threads behind TVM's parallel loops, and scratch memory for kernels.
  *
- * A pool belongs to one instance. Its threads start at the first parallel loop. A launch publishes its tasks in one
- * 64-bit ticket; whoever comes takes the next task, the launching thread included. So a worker that the system
- * keeps waiting delays nothing, and a launch also completes in a forked child, where no worker exists.
+ * A pool belongs to one instance. Its threads start at the first parallel loop, no more than there are CPUs. Each
+ * always gets the same share of a loop's tasks, so that it finds in its own cache what it wrote in the loop before.
+ * The launching thread takes over the share of a worker that does not begin in time: one that the system keeps
+ * waiting delays nothing, and a launch also completes in a forked child, where no worker exists.
  */
 #ifndef BNNCC_POOL_H
 #define BNNCC_POOL_H
@@ -24,38 +25,50 @@ typedef struct {
 
 typedef struct Pool Pool;
 
+/* A share of a launch: tasks first … end - 1. */
+typedef struct {
+  ParallelLambda lambda;
+  void *data;
+  ParallelEnv env;
+  int first, end;
+} Share;
+
+/* What two threads write lies in cache lines of its own; some processors fetch pairs of them. */
+enum { APART = 128 };
+
 typedef struct {
   Pool *pool;
   pthread_t thread;
   Scratch scratch;
   int in_task; /* a launch from inside a task runs in place */
+
+  /* Written by the launching thread: the share first, then its number, which the worker waits for. */
+  _Alignas(APART) _Atomic uint32_t launch;
+  Share share;
+  /* Number of the last share that was taken: it goes from one to the next, whoever takes it. In the worker's cache. */
+  _Alignas(APART) _Atomic uint32_t taken;
+  /* Written by the worker: number of the last share that it has finished, and whether it sleeps. */
+  _Alignas(APART) _Atomic uint32_t done;
+  _Atomic uint32_t asleep;
 } Worker;
 
 struct Pool {
-  int threads;     /* the launching thread included */
+  int threads;     /* tasks of a launch that leaves their number open, the launching thread's included */
+  int crew;        /* threads that work: no more than CPUs */
   int started;     /* workers running, 0 before the first parallel launch */
-  int spin;        /* whether waiting starts with a spin: no where threads outnumber CPUs */
   pid_t process;   /* that started them */
-  Worker *workers; /* [threads]; the first is the launching thread */
+  Worker *workers; /* [crew]; the first is the launching thread */
 
-  /* The job: written before its ticket is published, read only by those who took one of its tasks. */
-  ParallelLambda lambda;
-  void *data;
-  ParallelEnv env;
   char error[256]; /* of the first task that failed */
   atomic_int failed;
   atomic_int stop;
-
-  /* Each in a cache line of its own. */
-  _Alignas(64) _Atomic uint64_t ticket; /* launch number : 32, tasks : 16, next task : 16 */
-  _Alignas(64) _Atomic uint32_t done;   /* tasks finished; the launching thread sleeps on it */
-  _Atomic uint32_t launcher_sleeps;
-  _Alignas(64) _Atomic uint32_t launches; /* workers sleep on it */
-  _Atomic uint32_t sleepers;
+  _Atomic uint32_t launcher_sleeps; /* until some worker is done */
 };
 
 /* Returns 0, or -1 with bnncc_error set. */
 int pool_init(Pool *pool, int threads);
+/* The same with so many threads at work, from 1 to `threads`. */
+int pool_hire(Pool *pool, int threads, int crew);
 /* Ends the threads and frees what the pool holds; a zeroed pool is allowed. */
 void pool_destroy(Pool *pool);
 

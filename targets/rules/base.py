@@ -15,7 +15,7 @@ from bnncc.targets.descriptor import TargetSpec
 
 #: Vector operations (about) that make a task worth handing to another thread. Measured on whole networks: a step that
 #: one thread computes alone also fetches half of its input from the other core's cache.
-TASK_WORK = 3_000
+TASK_WORK = 300
 
 #: Kinds of block axes, as TVM numbers them.
 SPATIAL, REDUCED = 0, 2
@@ -129,12 +129,22 @@ def partition(sch: Schedule, loop: LoopRV) -> None:
     sch.annotate(loop, "pragma_loop_partition_hint", 1)
 
 
-def parallel_outer(sch: Schedule, loops: list[LoopRV], work: float) -> LoopRV:
-    """Fuses the loops and runs them in parallel where `work` vector operations are worth it; returns the fused loop."""
+def parallel_outer(sch: Schedule, loops: list[LoopRV], work: float, around: LoopRV | None = None) -> LoopRV:
+    """Fuses the loops and runs them in parallel where `work` vector operations are worth it; returns the fused loop.
+
+    around: a serial loop outside. Every thread runs it for its own part of the loops, so that they are launched once.
+    """
     fused = sch.fuse(*loops) if len(loops) > 1 else loops[0]
     if work >= 2 * TASK_WORK and extent(sch, fused) > 1:
         sch.parallel(fused)
+        if around is not None and extent(sch, around) > 1:
+            sch.annotate(around, "pragma_parallel_launch_point", 1)
     return fused
+
+
+def balance(tasks: int) -> float:
+    """The least share of two to four threads' time that so many equal tasks fill, each thread taking a run of them."""
+    return min(tasks / (threads * math.ceil(tasks / threads)) for threads in (2, 3, 4))
 
 
 def vector_lanes(target: TargetSpec, dtype_bits: int, length: int, most_vectors: int = 4) -> int:

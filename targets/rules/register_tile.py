@@ -28,7 +28,19 @@ from bnncc.dialect.stages import GROUP
 from bnncc.targets.descriptor import TargetSpec
 from bnncc.targets.intrinsics import MIN_LANES, Dot, use_dot
 
-from .base import REDUCED, SPATIAL, Rule, Stages, dtype_bits, extent, last_common, parallel_outer, partition, unroll
+from .base import (
+    REDUCED,
+    SPATIAL,
+    Rule,
+    Stages,
+    balance,
+    dtype_bits,
+    extent,
+    last_common,
+    parallel_outer,
+    partition,
+    unroll,
+)
 from .nests import schedule_rest
 from .pack import Masks, block_lanes, in_order, schedule_bits
 from .permute import square
@@ -36,6 +48,8 @@ from .turned import choose_chunk, turn, turned_stage
 
 #: Bytes of weights up to which the loop over output channels runs inside that over pixels (half of a small L1 cache).
 _CACHED_WEIGHTS = 16 << 10
+#: Share of the threads' time that tasks must fill (`base.balance`) for rows alone to be shared out.
+_BALANCED = 0.87
 #: Bytes of a local buffer that stay on the stack; TVM takes larger ones from a workspace.
 _STACK_BYTES = 1024
 
@@ -389,15 +403,21 @@ class TileNest:
         if uneven:
             partition(sch, co)
         by_channel = shape.weight_bytes > _CACHED_WEIGHTS
+        around = None
         if by_channel:
             sch.reorder(co, *rows, across, *within, ci)
-            # A loop that is peeled stays alone: fused, its bounds would be checked at every tile.
-            tasks = (rows or [co]) if uneven else [co, *rows]
+            # By rows where they are enough: then a thread finds in its own cache what it wrote in the step before, and
+            # no other one writes bits into the same cache line.
+            if rows and (uneven or balance(_product(sch, rows)) >= _BALANCED):
+                tasks, around = rows, co
+            else:
+                # A loop that is peeled stays alone: fused, its bounds would be checked at every tile.
+                tasks = [co] if uneven else [co, *rows]
         else:
             sch.reorder(*rows, across, co, *within, ci)
             tasks = rows
         if tasks:
-            parallel_outer(sch, tasks, shape.vector_steps)
+            parallel_outer(sch, tasks, shape.vector_steps, around)
         return across if by_channel else co
 
     def _tile_loops(self, main: SBlockRV) -> None:
@@ -409,6 +429,10 @@ class TileNest:
         sch.vectorize(cl)
         sch.unroll(cv)
         unroll(sch, *sch.get_loops(main)[-2 - self.pixel_loops : -2])
+
+
+def _product(sch: Schedule, loops: list[LoopRV]) -> int:
+    return math.prod(extent(sch, loop) for loop in loops)
 
 
 def epilogue_lanes(target: TargetSpec, shape: Shape, channels: int) -> int:

@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "cpu.h"
 #include "driver.h"
 #include "pool.h"
 
@@ -128,12 +129,79 @@ static int a_fork_goes_on(Pool *pool) {
   return 0;
 }
 
+static int slow_share(int task, ParallelEnv *env, void *data) {
+  if (task >= env->num_task / 2) usleep(20000);
+  return count(task, env, data);
+}
+
+static int the_launching_thread_sleeps(Pool *pool) {
+  Counts counts = {0};
+  for (int i = 0; i < 3; i++) { /* workers that are long at work, longer than anyone spins */
+    CHECK(!launch(count, &counts, 0));
+    CHECK(!launch(slow_share, &counts, pool->threads));
+  }
+  for (int i = 0; i < pool->threads; i++) CHECK(counts.ran[i] == 6);
+  return 0;
+}
+
+typedef struct {
+  pthread_t by[MOST];
+} Runners;
+
+static int note_thread(int task, ParallelEnv *env, void *data) {
+  (void)env;
+  ((Runners *)data)->by[task] = pthread_self();
+  return 0;
+}
+
+/* Tasks of one thread follow each other, in the order of the threads, but for those of workers who came too late. */
+static int shares_are_runs(Pool *pool) {
+  for (int tasks = 2; tasks < 40; tasks++) {
+    Runners runners;
+    CHECK(!launch(note_thread, &runners, tasks));
+    int shares = tasks < pool->crew ? tasks : pool->crew;
+    for (int i = 0, task = 0; i < shares; i++)
+      for (int end = (i + 1) * tasks / shares; task < end; task++)
+        CHECK(pthread_equal(runners.by[task], pthread_self()) ||
+              (i && pthread_equal(runners.by[task], pool->workers[i].thread)));
+  }
+  return 0;
+}
+
+/* A pool with workers that never come: every share falls to the launching thread. */
+static int nobody_comes(void) {
+  Pool pool;
+  Counts counts = {0};
+  CHECK(!pool_hire(&pool, 4, 4));
+  pool.started = 3;
+  Worker *outer = pool_enter(&pool);
+  for (int i = 0; i < 1000; i++) CHECK(!launch(count, &counts, 0));
+  for (int i = 0; i < 4; i++) CHECK(counts.ran[i] == 1000);
+  pool_leave(outer);
+  pool.started = 0;
+  pool_destroy(&pool);
+  return 0;
+}
+
+static int no_more_workers_than_cpus(void) {
+  Pool pool;
+  Counts counts = {0};
+  CHECK(!pool_init(&pool, 500) && pool.threads == 500 && pool.crew <= cpu_count());
+  Worker *outer = pool_enter(&pool);
+  CHECK(!launch(count, &counts, 0) && counts.tasks == 500 && pool.started == pool.crew - 1);
+  for (int i = 0; i < 500; i++) CHECK(counts.ran[i] == 1);
+  pool_leave(outer);
+  pool_destroy(&pool);
+  return 0;
+}
+
 static int check_pool(int threads) {
   Pool pool;
   Counts counts = {0};
-  CHECK(!pool_init(&pool, threads) && !pool.started);
+  CHECK(!pool_hire(&pool, threads, threads) && !pool.started);
   Worker *outer = pool_enter(&pool);
-  if (every_task_runs_once(&pool) || quickly_one_after_another() || errors_arrive() || workspaces_are_kept(&pool))
+  if (every_task_runs_once(&pool) || quickly_one_after_another() || errors_arrive() || workspaces_are_kept(&pool) ||
+      the_launching_thread_sleeps(&pool) || shares_are_runs(&pool))
     return 1;
   CHECK(pool.started == threads - 1);
   CHECK(!launch(nested, &counts, 10) && counts.sum == 45);
@@ -141,7 +209,7 @@ static int check_pool(int threads) {
   pool_leave(outer);
   pool_destroy(&pool);
   for (int i = 0; i < 200; i++) { /* starting and ending at once */
-    CHECK(!pool_init(&pool, threads));
+    CHECK(!pool_hire(&pool, threads, threads));
     outer = pool_enter(&pool);
     if (i % 2) CHECK(!launch(count, &counts, 2));
     pool_leave(outer);
@@ -155,6 +223,7 @@ static void *check_in_thread(void *threads) { return (void *)(intptr_t)check_poo
 int main(void) {
   Counts counts = {0};
   CHECK(!launch(count, &counts, 0) && counts.tasks == 1); /* outside any instance */
+  if (nobody_comes() || no_more_workers_than_cpus()) return 1;
   for (int threads = 1; threads <= 5; threads += 2)
     if (check_pool(threads)) return printf("with %d threads\n", threads), 1;
   pthread_t handles[3]; /* pools beside each other */
