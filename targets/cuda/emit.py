@@ -27,7 +27,7 @@ from bnncc.dialect.plan import Plan, Step, Tensor
 from bnncc.targets.launch import DeviceCode, Launch
 
 from .descriptor import CudaSpec
-from .lowering import PlainFunctions, Roundings
+from .lowering import FUNCTIONS, PlainFunctions, Roundings
 from .rules import rules_for
 from .rules.base import BLOCKS_PER_SM
 
@@ -149,7 +149,7 @@ def lower(scheduled: Scheduled, target: CudaSpec) -> Lowered:
                     buffers.setdefault(str(param.name), _Scratch.of(param))
             launches += _host_calls(hosts[piece], scheduled.params[kernel], axes, buffers)
         calls[kernel], scratch[kernel] = tuple(launches), buffers
-    return Lowered(str(module.inspect_source()), calls, scratch)
+    return Lowered(FUNCTIONS + str(module.inspect_source()), calls, scratch)
 
 
 def _through_pipeline(mod: tvm.IRModule, machine: Target) -> tvm.IRModule:

@@ -2,12 +2,12 @@
 
     arithmetic.fence(a · b), (a + b)   -->   __fmul_rn(a, b), __fadd_rn(a, b)      never contracted
     fma(x, a, b)                       -->   __fmaf_rn(x, a, b)
-    max(a, b), min(a, b) of floats     -->   a > b ? a : b, a < b ? a : b          NaN stays, as on CPUs
+    max(a, b), min(a, b) of floats     -->   bnncc_max(a, b), bnncc_min(a, b)      NaN stays, as on CPUs
     log(x), sin(x), cos(x)             -->   logf(x), …                            not the hardware's approximations
 
 TVM prints ``max`` and ``__logf`` for CUDA; a fence is how computes keep a rounding (`bnncc.dialect.scalars`). What
 stands open the compiler may contract, as LLVM does on CPUs. `PlainFunctions` runs before TVM's `LowerIntrin`,
-`Roundings` after it, on device functions.
+`Roundings` after it, on device functions; `FUNCTIONS` stands before their text.
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ from tvm.target.codegen import llvm_lookup_intrinsic_id
 _FENCE, _FMA = (llvm_lookup_intrinsic_id(f"llvm.{name}") for name in ("arithmetic.fence", "fma"))
 _LLVM = ("tirx.call_llvm_pure_intrin", "tirx.call_llvm_intrin")
 _FUNCTIONS = {"tirx.log": "logf", "tirx.sin": "sinf", "tirx.cos": "cosf", "tirx.exp": "expf"}
+_EXTREMES = {tirx.Max: ("bnncc_max", ">"), tirx.Min: ("bnncc_min", "<")}
+
+#: CUDA C of what kernels call. Functions, since an operand that is written twice doubles a chain's text at each link.
+FUNCTIONS = "".join(
+    f"template <typename T> __device__ __forceinline__ T {name}(T a, T b) {{ return a {comparison} b ? a : b; }}\n"
+    for name, comparison in _EXTREMES.values()
+)
 _ROUNDED = {tirx.Add: "__fadd_rn", tirx.Sub: "__fsub_rn", tirx.Mul: "__fmul_rn"}
 
 
@@ -35,7 +42,7 @@ def PlainFunctions(func: tirx.PrimFunc, mod: tvm.IRModule, context: Any) -> tirx
 @tirx.transform.prim_func_pass(opt_level=0, name="Roundings")
 def Roundings(func: tirx.PrimFunc, mod: tvm.IRModule, context: Any) -> tirx.PrimFunc:
     """States the roundings and comparisons of floats in CUDA's own terms."""
-    callbacks = [(Call, _rounded), ((tirx.Max, tirx.Min), _extreme)]
+    callbacks = [(Call, _rounded), (tuple(_EXTREMES), _extreme)]
     return func.with_body(tvm_ffi.structural_map(func.body, callbacks))
 
 
@@ -75,4 +82,4 @@ def _rounded(e: Any) -> Any:
 def _extreme(e: Any) -> Any:
     if not _dtype(e).startswith("float"):
         return e
-    return tirx.Select(e.a > e.b if isinstance(e, tirx.Max) else e.a < e.b, e.a, e.b)
+    return _extern(_EXTREMES[type(e)][0], e.a, e.b, dtype=_dtype(e))

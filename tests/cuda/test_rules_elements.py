@@ -102,6 +102,29 @@ def test_functions_read_and_write_vectors(name: str) -> None:
     assert len(FUNCTIONS.emulated.lowered.calls[name]) == 1
 
 
+def test_text_grows_as_a_chain_does() -> None:
+    """Of maxima and minima, whose operands CUDA C would compare and then name once more."""
+
+    def chain(links: int, a: te.Tensor, b: te.Tensor) -> te.Tensor:
+        def at(*i: Any) -> Any:
+            value = a(*i)
+            for n in range(links):
+                value = tirx.max(value * b(*i), tirx.const(-n - 1, "float32"))
+                value = tirx.min(value, b(*i) + tirx.const(n, "float32"))
+            return value
+
+        return te.compute(a.shape, at, name="out")
+
+    cases = Cases()
+    for links in (3, 6, 12):
+        cases.add(f"links_{links}", partial(chain, links), cases.floats(3, 5, 16), cases.floats(3, 5, 16))
+    for name in cases.names:
+        ((got, wanted),) = cases.compared(name)
+        _same_bits(got, wanted)
+    three, six, twelve = (len(cases.source_of(name)) for name in cases.names)
+    assert twelve - six <= 2.2 * (six - three), "each link adds the same"
+
+
 def _images(channels: int) -> dict[str, tuple[Any, tuple[str, tuple[int, ...]]]]:
     """name → (compute, input)."""
     c, bits = channels, BitLayout.for_target(channels, 1, 32, 1)
