@@ -8,10 +8,11 @@
     y = matmul(x, W)                                   -->   y = bnncc.dense(x, W'[OB, K, OL])
     v = bnncc.round_to(x) {form}; y = nn.conv2d(v, W)  -->   y = bnncc.conv2d(x, W'[G, O, KH, KW, I, 1]) {form}
 
-After `ToNHWC`. Weights of ±1 (times a scale per channel), whose layer stays float because its input is no sign, are
-stored as bits and unpacked once per instance (`bnncc.unpack_weights`). Products of rounded floats are for targets that
-have `rounded_forms`, and for channels that fill vectors; elsewhere values are rounded before the layer. Declines
-weights that are no constants.
+After `ToNHWC`. Where the target pads while it reads, and channels fill vectors, `bnncc.conv2d` has the padding, unless
+a copy that changes the layout can have it for nothing. Weights of ±1 (times a scale per channel), whose layer stays
+float because its input is no sign, are stored as bits and unpacked once per instance (`bnncc.unpack_weights`). Products
+of rounded floats are for targets that have `rounded_forms`, and for channels that fill vectors; elsewhere values are
+rounded before the layer. Declines weights that are no constants.
 """
 
 from __future__ import annotations
@@ -63,11 +64,10 @@ class _Lower(Rewriter):
             around = {"padding": padding} if any(padding) else {}
             return call("depthwise_conv2d", [x, relax.const(depthwise)], **common, **around)
         form = self.form_of(var, weight)
-        x = self.padded(var, self.unrounded(value.args[0]) if form else value.args[0], a["padding"])
+        x = self.unrounded(value.args[0]) if form else value.args[0]
+        x, around = self.padded(var, x, a["padding"], weight)
         packed = self.packed(var, weight, a["groups"], "conv2d", form)
-        top, _, bottom, _ = a["padding"]
-        zeros = {"zero_rows": (top, bottom)} if (top or bottom) and np.isfinite(weight).all() else {}
-        return call("conv2d", [x, packed], **common, **({"form": form} if form else {}), **zeros)
+        return call("conv2d", [x, packed], **common, **around, **({"form": form} if form else {}))
 
     def planar(self, var: Any, value: relax.Call) -> Any:
         a = attributes(value)
@@ -147,11 +147,18 @@ class _Lower(Rewriter):
             return x, tuple(padding)
         return pad.args[0], tuple(p + q for p, q in zip(padding, sides, strict=True))
 
-    def padded(self, var: Any, x: Any, padding: Any) -> Any:
+    def padded(self, var: Any, x: Any, padding: Any, weight: np.ndarray) -> tuple[Any, dict[str, Any]]:
+        """An image with its zeros around it, or without them, and the attribute that says which."""
+        bare, around = self.unpadded(x, padding)
+        if any(around) and self.target.pads_while_reading and weight.shape[1] % ROUNDED_CHANNELS["tf32"] == 0:
+            bound = self.builder.lookup_binding(bare) if isinstance(bare, relax.Var) else None
+            if not is_call(bound, "permute_dims"):
+                return bare, {"padding": around}
         if not any(padding):
-            return x
+            return x, {}
         top, left, bottom, right = padding
-        return self.emit(R.nn.pad(x, [0, 0, top, bottom, left, right, 0, 0]), f"{var.name}__padded")
+        stored = self.emit(R.nn.pad(x, [0, 0, top, bottom, left, right, 0, 0]), f"{var.name}__padded")
+        return stored, {"zero_rows": (top, bottom)} if (top or bottom) and np.isfinite(weight).all() else {}
 
     def add_layer(self, var: Any, op: str, weight: np.ndarray, weight_bytes: int, weight_bits: int) -> None:
         shape = shape_of(var)

@@ -99,7 +99,7 @@ class TargetSpec:
 
     @property
     def pads_while_reading(self) -> bool:
-        """Whether binary convolutions read zeros around an image that has no padding: here, whoever packs it pads."""
+        """Whether convolutions read the zeros around an image that has no padding: here, a copy of it has them."""
         return False
 
     @property

@@ -156,10 +156,11 @@ def conv2d(
     out_channels: int,
     strides: tuple[int, int] = (1, 1),
     dilation: tuple[int, int] = (1, 1),
+    padding: Padding = (0, 0, 0, 0),
     form: str = "",
     zero_rows: tuple[int, int] = (0, 0),
 ) -> te.Tensor:
-    """Float convolution: x [N, H, W, G·CI], already padded, by w [G, OB, KH, KW, CI, OL] → [N, OH, OW, out_channels].
+    """Float convolution: x [N, H, W, G·CI], zeros around it, by w [G, OB, KH, KW, CI, OL] → [N, OH, OW, out_channels].
 
     form: what x is rounded to, as in `scalars.rounded_to`, if it is. The weights are so rounded already; of "float16"
     they are, in words of two channels of the input, uint32 [G, OB, KH, KW, CI/2, OL].
@@ -169,13 +170,17 @@ def conv2d(
     """
     batch, height, width, _ = extents(x)
     groups, blocks, kh, kw, depth, lanes = extents(w)
-    oh, ow = window(height, kh, strides[0], dilation[0]), window(width, kw, strides[1], dilation[1])
+    top, left, bottom, right = padding
+    oh = window(height + top + bottom, kh, strides[0], dilation[0])
+    ow = window(width + left + right, kw, strides[1], dilation[1])
     i, j, *of_depth = _axes(form, ky=kh, kx=kw, k=depth)
 
     def term(n: Any, y: Any, x_: Any, g: Any, b: Any, lane: Any) -> Any:
         weight, channel = _weight(w(g, b, i, j, of_depth[0], lane), of_depth)
-        pixel = n, y * strides[0] + i * dilation[0], x_ * strides[1] + j * dilation[1]
-        own = x(*pixel, g * (depth * len(of_depth)) + channel)
+        sy, sx = y * strides[0] + i * dilation[0] - top, x_ * strides[1] + j * dilation[1] - left
+        own = x(n, sy, sx, g * (depth * len(of_depth)) + channel)
+        if any(padding):
+            own = _inside(own, sy, sx, height, width)
         return te.sum(_operand(own, form) * weight, axis=[i, j, *of_depth])
 
     shape = (batch, oh, ow, groups, blocks, lanes)
@@ -188,6 +193,11 @@ def conv2d(
         return sums(n, y, x_, g, b, lane)
 
     return te.compute((batch, oh, ow, out_channels), unblocked, name="unblocked")
+
+
+def _inside(value: Any, y: Any, x: Any, height: int, width: int) -> Any:
+    """A value of an image, 0 around it."""
+    return tirx.if_then_else(tirx.all(y >= 0, y < height, x >= 0, x < width), value, f32(0.0))
 
 
 def _attrs(role: str, form: str, zero_rows: tuple[int, int] = (0, 0)) -> dict[str, Any]:
@@ -239,8 +249,7 @@ def depthwise_conv2d(
         sy, sx = y * strides[0] + i * dilation[0] - top, x_ * strides[1] + j * dilation[1] - left
         value = x(n, sy, sx, c)
         if any(padding):
-            inside = tirx.all(sy >= 0, sy < height, sx >= 0, sx < width)
-            value = tirx.if_then_else(inside, value, f32(0.0))
+            value = _inside(value, sy, sx, height, width)
         return te.sum(value * w(i, j, c), axis=[i, j])
 
     return staged((batch, oh, ow, channels), product, "depthwise", "depthwise")

@@ -242,7 +242,8 @@ def _pack_bytes(args: Sequence[Any], a: dict[str, Any], _: relax.Call) -> te.Ten
 
 def _conv2d(args: Sequence[Any], a: dict[str, Any], _: relax.Call) -> te.Tensor:
     return computes_float.conv2d(
-        *args, out_channels=a["out_channels"], strides=a["strides"], dilation=a["dilation"], form=a.get("form", ""),
+        *args, out_channels=a["out_channels"], strides=a["strides"], dilation=a["dilation"],
+        padding=a.get("padding", (0, 0, 0, 0)), form=a.get("form", ""),
         zero_rows=a.get("zero_rows", (0, 0)),
     )  # fmt: skip
 

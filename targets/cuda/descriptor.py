@@ -112,7 +112,7 @@ class CudaSpec:
         """Floats of fewer bits that tensor cores multiply, adding up 32-bit floats."""
         return ("float16",) if self.gpu.capability < (8, 0) else ("tf32", "float16")
 
-    #: Padding of packed activations with bit 0 happens while a convolution reads them.
+    #: Padding with bit 0 or with 0.0 happens while a convolution reads.
     pads_while_reading = True
 
     @property

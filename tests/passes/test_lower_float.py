@@ -14,6 +14,7 @@ from tvm.script import relax as R
 from bnncc.dialect.ops import attributes, call, is_call
 from bnncc.passes.lower_float import LowerFloat, tile_weight
 from bnncc.passes.rewriter import LAYERS, numpy_of
+from bnncc.targets.cuda.descriptor import CUDA_TARGETS
 
 RNG = np.random.default_rng(0)
 W = RNG.normal(size=(8, 4, 3, 3)).astype("float32")  # 8 outputs: the lanes of AVX2
@@ -64,6 +65,34 @@ def test_zeros_count_where_a_weight_is_not_finite(apply, calls, v3, function, va
     after = apply(LowerFloat(v3), function((1, 6, 6, 4), lambda x: nhwc(x, weight, padding=1)))
     (conv,) = (b.value for b in after["main"].body.blocks[0].bindings if is_call(b.value, "bnncc.conv2d"))
     assert "zero_rows" not in attributes(conv)
+
+
+def test_padding_that_is_read(function, check):
+    """On a GPU: zeros that the model pads with, and those of the convolution, around what they were put around."""
+    target = CUDA_TARGETS["cuda-sm_90"]
+    attrs = {"out_channels": 8, "kernel_size": (3, 3), "strides": (1, 1), "dilation": (1, 1)}
+
+    def before(x):
+        return nhwc(R_.nn.pad(x, (0, 0, 1, 0, 2, 3, 0, 0)), W, padding=(1, 1, 1, 1))
+
+    tiled = const(tile_weight(W, 1, target.conv_lanes(8)))
+    expected = function((1, 6, 6, 4), lambda x: call("conv2d", [x, tiled], **attrs, padding=(2, 3, 1, 4)))
+    check(LowerFloat(target), function((1, 6, 6, 4), before), expected)
+
+
+@pytest.mark.parametrize("network", ["narrow", "another layout", "ones"])
+def test_do_not_read_padding(network, function, apply, calls):
+    """Of channels that fill no vectors; where a copy is made anyway; of other values than zeros."""
+    weight = W[:, :3] if network == "narrow" else W
+    shape = (1, 6, 6, weight.shape[1])
+
+    def before(x):
+        if network == "another layout":
+            x = R_.permute_dims(x, (0, 2, 1, 3))
+        return nhwc(R_.nn.pad(x, (0, 0, 1, 1, 1, 1, 0, 0), pad_value=1.0 if network == "ones" else 0.0), weight)
+
+    after = apply(LowerFloat(CUDA_TARGETS["cuda-sm_90"]), function(shape, before))
+    assert calls(after)[-2:] == ["nn.pad", "bnncc.conv2d"]
 
 
 def test_a_linear_layer(function, check, v3):

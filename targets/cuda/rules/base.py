@@ -1,7 +1,9 @@
-"""What the rules share: the protocol, and how loops become threads."""
+"""What the rules share: the protocol, how loops become threads, and what kernels that rules write out are made of."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,6 +11,7 @@ from tvm import tirx
 from tvm.ir import Op
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
+from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from bnncc.targets.cuda.descriptor import WARP, CudaSpec
@@ -66,3 +69,33 @@ class guarded:
 def barrier(scope: str = "shared.dyn") -> None:
     """All threads of the block have come here, and see what the others stored in shared memory."""
     T.evaluate(tirx.call_intrin("int32", "tirx.tvm_storage_sync", scope))
+
+
+def local(name: str, count: int, dtype: str = "uint32") -> Any:
+    """Registers."""
+    buffer = T.alloc_buffer((count,), dtype, scope="local")
+    IRBuilder.name(name, buffer)
+    return buffer
+
+
+def zeros(name: str, count: int, dtype: str = "uint32") -> Any:
+    """Registers that start as 0."""
+    buffer = local(name, count, dtype)
+    with T.unroll(0, count) as i:
+        T.buffer_store(buffer, tirx.const(0, dtype), [i])
+    return buffer
+
+
+def from_lane_across(value: Any, distance: int) -> Any:
+    """The value of the lane whose number differs by this bit."""
+    return T.cuda.__shfl_xor_sync(tirx.const(0xFFFFFFFF, "uint32"), value, distance, WARP)
+
+
+def sum_of_parts(shared: Any, parts: int, area: int, line: int) -> Callable[[Any, Any], Any]:
+    """(row, column) → the sum of what `parts` areas of shared memory have there, in their order. line: of a row."""
+
+    def total(r: Any, c: Any) -> Any:
+        values = [shared[part * area + r * line + c] for part in range(parts)]
+        return functools.reduce(lambda value, other: value + other, values)
+
+    return total

@@ -27,11 +27,11 @@ from tvm.script.ir_builder import tirx as T
 
 from bnncc.targets.cuda.descriptor import Architecture
 
-from .base import barrier
+from .base import barrier, from_lane_across, local, zeros
 from .bilinear import Bilinear, Counts, of_signs
 from .gemm import Gemm, ImplicitGemm, Product, Tile
 from .popcount import MOST_ROWS, Popcounts
-from .warp_mma import WarpMma, choose, chosen, from_lane_across, local, zeros
+from .warp_mma import WarpMma, choose, chosen
 
 _ONES = 0xFFFFFFFF
 _EACH = 0x01010101

@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from bnncc.dialect.scalars import fma
 from bnncc.targets.cuda.descriptor import WARP, Architecture
 
-from .base import barrier
+from .base import barrier, local, sum_of_parts, zeros
 from .float_copies import VECTOR, FloatCopies, depth_of, in_vectors
 from .float_dot import MOST_ROWS, FloatDot
 from .gemm import Gemm, ImplicitGemm, Product, Tile, pitch
@@ -103,13 +102,10 @@ class FloatProduct(Product):
         self.first_row = tirx.floordiv(own, tile.warps_across) * (tile.down * _DOWN)
         self.first_column = tirx.floormod(own, tile.warps_across) * (tile.across * _ACROSS)
         self.slice = tirx.floordiv(warp, tile.warps_down * tile.warps_across)
-        self.sums = _local("sums", tile.down * tile.across)
-        self.a = _local("a", tile.down * (REACH if self.copies.vectors else 1))
-        self.from_ = T.alloc_buffer((2,), "uint32", scope="local")
-        IRBuilder.name("from", self.from_)
-        self.b = _local("b", tile.across)
-        with T.unroll(0, tile.down * tile.across) as i:
-            T.buffer_store(self.sums, tirx.const(0.0, "float32"), [i])
+        self.sums = zeros("sums", tile.down * tile.across, "float32")
+        self.a = local("a", tile.down * (REACH if self.copies.vectors else 1), "float32")
+        self.from_ = local("from", 2)
+        self.b = local("b", tile.across, "float32")
         self.copies.run(shared, thread, row, column, group, self._multiply)
         return self._store()
 
@@ -176,20 +172,7 @@ class FloatProduct(Product):
                 values = self.sums[tirx.Ramp(i * tile.across + j * VECTOR, 1, VECTOR)]
                 T.buffer_store(self.shared, values, [tirx.Ramp(at, 1, VECTOR)])
         barrier()
-
-        def total(r: Any, c: Any) -> Any:
-            value = self.shared[r * line + c]
-            for part in range(1, tile.slices):
-                value = value + self.shared[part * area + r * line + c]
-            return value
-
-        return total
-
-
-def _local(name: str, count: int) -> Any:
-    buffer = T.alloc_buffer((count,), "float32", scope="local")
-    IRBuilder.name(name, buffer)
-    return buffer
+        return sum_of_parts(self.shared, tile.slices, area, line)
 
 
 class FloatConv(ImplicitGemm):

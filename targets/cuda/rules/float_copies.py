@@ -6,11 +6,13 @@
     weights                       [depth][column], 16 bytes at a time, as they lie in memory
 
 Each way neighbouring lanes write, and the threads of a tile read, 16 bytes in different banks. Rows and columns beyond
-the last copy the first one again: nobody looks at their sums. What lies beyond the end of the depth is 0.
+the last copy the first one again: nobody looks at their sums. What lies beyond the end of the depth is 0, and so is the
+padding around an image, which nobody stored.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,11 +50,13 @@ class Places:
         names = [axis for axis in gemm.axes if axis is not None]
         zeros = {axis: tirx.const(0) for axis in names}
 
-        def at(axis: Any) -> int:
-            values = {**zeros, axis: tirx.const(1)}
+        def at(values: dict[Any, Any]) -> int:
             return int(Analyzer().simplify(flat(gemm.x, [substitute(index, values) for index in gemm.x_indices])))
 
-        down, right, along = (0 if axis is None else at(axis) for axis in gemm.axes[-3:])
+        first = at(zeros)  # before the image, where there is padding
+        down, right, along = (
+            0 if axis is None else at({**zeros, axis: tirx.const(1)}) - first for axis in gemm.axes[-3:]
+        )
         return cls(down, right, along, (gemm.window_height, gemm.window_width, gemm.depth))
 
     def __call__(self, at: Any) -> Any:
@@ -98,18 +102,19 @@ class FloatCopies(Copies):
     def _prepare(self) -> None:
         tile, gemm, thread = self.tile, self.gemm, self.thread
         each = tile.depth // VECTOR
-        self.window_runs: list[tuple[Any, Any, Any, Any]] = []  # run, row in the tile, depth in the step, first value
+        # Run, row in the tile, depth in the step, first value, pixel.
+        self.window_runs: list[tuple[Any, Any, Any, Any, tuple[Any, ...]]] = []
         if self.vectors:
             for number in range(math.ceil(tile.rows * each / tile.threads)):
                 run = number * tile.threads + thread
                 r, k = tirx.floordiv(run, each), tirx.floormod(run, each) * VECTOR
-                self.window_runs.append((run, r, k, T.bind(self._first(r))))
+                self.window_runs.append((run, r, k, *self._first(r)))
         else:
             self.down = min(tile.rows, tile.threads)
             self.apart = tile.threads // self.down
             for number in range(tile.rows // self.down):
                 r = tirx.floormod(thread, self.down) + number * self.down
-                self.window_runs.append((None, r, None, T.bind(self._first(r))))
+                self.window_runs.append((None, r, None, *self._first(r)))
         across = tile.columns // VECTOR
         self.weight_runs: list[
             tuple[Any, Any, Any, Any]
@@ -123,13 +128,13 @@ class FloatCopies(Copies):
             first = (self.group * gemm.total_depth + k) * self.weights_line + column
             self.weight_runs.append((run, k, c, T.bind(first)))
 
-    def _first(self, r: Any) -> Any:
-        """Where the window of a row of the tile begins."""
+    def _first(self, r: Any) -> tuple[Any, tuple[Any, ...]]:
+        """Where the window of a row of the tile begins, and the row's pixel if anybody asks for it."""
         row = self.row + r
         if self.gemm.rows % self.tile.rows:
             row = tirx.Select(row < self.gemm.rows, row, tirx.const(0))
         where, _ = self.gemm.source(row, self.group, tirx.const(0))
-        return where
+        return T.bind(where), tuple(T.bind(at) for at in self.gemm.pixel(row)) if self.gemm.guards else ()
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -160,9 +165,9 @@ class FloatCopies(Copies):
     def _copy_vectors(self, step: Any, base: Any, one: Callable[..., None]) -> None:
         tile, register = self.tile, 0
         self.run_words = VECTOR
-        for run, r, k, first in self.window_runs:
+        for run, r, k, first, pixel in self.window_runs:
             at = step * tile.depth + k
-            where, inside = self._within(at, first + self.places(at))
+            where, inside = self._within(at, first + self.places(at), pixel)
             with guarded(run < tile.rows * (tile.depth // VECTOR), self._uneven(tile.rows * tile.depth)):
                 one(base + r * (tile.depth + VECTOR) + k, self.windows, where, inside, register)
             register += VECTOR
@@ -180,8 +185,8 @@ class FloatCopies(Copies):
                 place = step * (rows // (columns * channels) * self.places.down) + self._of_part(first_k, part)
             else:
                 place = self.places(at)
-            for _, r, _, first in self.window_runs:
-                where, inside = self._within(at, first + place)
+            for _, r, _, first, pixel in self.window_runs:
+                where, inside = self._within(at, first + place, pixel)
                 with guarded(k < tile.depth, first_k + self.apart > tile.depth):
                     one(base + k * tile.rows + r, self.windows, where, inside, register)
                 register += 1
@@ -194,11 +199,14 @@ class FloatCopies(Copies):
             place = tirx.Select(part == n, tirx.const(places[n]), place)
         return place
 
-    def _within(self, at: Any, where: Any) -> tuple[Any, Any]:
-        """The place of a value and whether it is one: beyond the depth there is none."""
-        if self.gemm.total_depth % self.tile.depth == 0:
+    def _within(self, at: Any, where: Any, pixel: tuple[Any, ...] = ()) -> tuple[Any, Any]:
+        """The place of a value and whether it is one: beyond the depth and around a pixel's image there is none."""
+        conditions = [] if self.gemm.total_depth % self.tile.depth == 0 else [at < self.gemm.total_depth]
+        if pixel:
+            conditions.append(self.gemm.inside(pixel, self.gemm.step(at)))
+        if not conditions:
             return where, tirx.const(True, "bool")
-        inside = T.bind(at < self.gemm.total_depth)
+        inside = T.bind(functools.reduce(tirx.all, conditions))
         return T.bind(tirx.Select(inside, where, tirx.const(0))), inside
 
     def _uneven(self, values: int) -> bool:

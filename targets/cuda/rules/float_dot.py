@@ -11,13 +11,12 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from bnncc.dialect.scalars import fma
 from bnncc.targets.cuda.descriptor import WARP
 
-from .base import barrier, guarded
+from .base import barrier, from_lane_across, guarded, local, sum_of_parts, zeros
 from .copies import as_line
 from .float_copies import VECTOR, Places, in_vectors
 from .gemm import Gemm, Product, Tile, pitch
@@ -51,7 +50,8 @@ class FloatDot(Product):
     def run(self, shared: Any, thread: Any, row: Any, column: Any, group: Any) -> Callable[[Any, Any], Any]:
         gemm, rows, self.shared = self.gemm, self.tile.rows, shared
         self.x, self.w = as_line(gemm.x), as_line(gemm.w)
-        self.sums, self.a, self.b = _local("sums", rows * VECTOR), _local("a", self.reach), _local("b", VECTOR * VECTOR)
+        self.sums = zeros("sums", rows * VECTOR, "float32")
+        self.a, self.b = local("a", self.reach, "float32"), local("b", VECTOR * VECTOR, "float32")
         lane, warp = tirx.floormod(thread, WARP), tirx.floordiv(thread, WARP)
         own = tirx.floormod(lane, _ACROSS) * VECTOR
         safe = column + own
@@ -60,8 +60,6 @@ class FloatDot(Product):
         self.weights_from = T.bind(group * (gemm.total_depth * gemm.columns) + safe)
         self.windows_from = [T.bind(gemm.source(tirx.const(r), group, tirx.const(0))[0]) for r in range(rows)]
         self.places = Places.of(gemm)
-        with T.unroll(0, rows * VECTOR) as i:
-            T.buffer_store(self.sums, tirx.const(0.0, "float32"), [i])
         each = self.warps * self.parts * self.reach
         first = T.bind((warp * self.parts + tirx.floordiv(lane, _ACROSS)) * self.reach)
         steps, rest = divmod(gemm.total_depth, each)
@@ -81,10 +79,11 @@ class FloatDot(Product):
             weights = self.w[tirx.Ramp(self.weights_from + (at + q) * gemm.columns, 1, VECTOR)]
             T.buffer_store(self.b, weights, [tirx.Ramp(q * VECTOR, 1, VECTOR)])
         for r, first in enumerate(self.windows_from):
-            if reach == 1:
-                T.buffer_store(self.a, self.x[first + self.places(at)], [0])
-            else:
-                T.buffer_store(self.a, self.x[tirx.Ramp(first + self.places(at), 1, reach)], [tirx.Ramp(0, 1, reach)])
+            of, to, none = first + self.places(at), tirx.const(0), tirx.const(0.0, "float32")
+            if reach > 1:
+                of, to, none = tirx.Ramp(of, 1, reach), tirx.Ramp(to, 1, reach), tirx.Broadcast(none, reach)
+            inside = gemm.inside(gemm.pixel(tirx.const(r)), gemm.step(at))
+            T.buffer_store(self.a, self.x[of] if inside is None else tirx.if_then_else(inside, self.x[of], none), [to])
             for q in range(reach):
                 for c in range(VECTOR):
                     i = r * VECTOR + c
@@ -95,29 +94,11 @@ class FloatDot(Product):
         distance = WARP // 2
         while distance >= _ACROSS:
             for i in range(rows * VECTOR):
-                T.buffer_store(self.sums, self.sums[i] + _of_lane(self.sums[i], distance), [i])
+                T.buffer_store(self.sums, self.sums[i] + from_lane_across(self.sums[i], distance), [i])
             distance //= 2
         with T.If(lane < _ACROSS), T.Then():
             for r in range(rows):
                 values = self.sums[tirx.Ramp(r * VECTOR, 1, VECTOR)]
                 T.buffer_store(self.shared, values, [tirx.Ramp((warp * rows + r) * line + own, 1, VECTOR)])
         barrier()
-
-        def total(r: Any, c: Any) -> Any:
-            value = self.shared[r * line + c]
-            for part in range(1, self.warps):
-                value = value + self.shared[(part * rows + r) * line + c]
-            return value
-
-        return total
-
-
-def _of_lane(value: Any, distance: int) -> Any:
-    """What the lane has whose number differs in this bit."""
-    return T.cuda.__shfl_xor_sync(tirx.const(0xFFFFFFFF, "uint32"), value, distance, WARP)
-
-
-def _local(name: str, count: int) -> Any:
-    buffer = T.alloc_buffer((count,), "float32", scope="local")
-    IRBuilder.name(name, buffer)
-    return buffer
+        return sum_of_parts(self.shared, self.warps, rows * line, line)

@@ -17,9 +17,10 @@ from tvm.script.ir_builder import tirx as T
 from bnncc.dialect.stages import ROUNDED
 from bnncc.targets.cuda.descriptor import Architecture
 
+from .base import local
 from .copies import Copies
 from .gemm import Gemm, ImplicitGemm, Product, Tile
-from .warp_mma import WarpMma, choose, local
+from .warp_mma import WarpMma, choose
 
 
 class RoundedCopies(Copies):

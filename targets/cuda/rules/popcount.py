@@ -21,11 +21,10 @@ from tvm.script.ir_builder import tirx as T
 
 from bnncc.targets.cuda.descriptor import WARP
 
-from .base import barrier
+from .base import barrier, from_lane_across, local, zeros
 from .bilinear import Bilinear
 from .copies import as_line
 from .gemm import Gemm, Product, Tile, pitch
-from .warp_mma import from_lane_across, local, zeros
 
 #: Rows of a product that this is for.
 MOST_ROWS = 3

@@ -15,12 +15,11 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from tvm import tirx
-from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
 
 from bnncc.targets.cuda.descriptor import WARP, Architecture
 
-from .base import barrier
+from .base import barrier, local, zeros
 from .copies import Copies
 from .gemm import Gemm, Product, Tile, largest_that_fills, pitch
 
@@ -194,26 +193,6 @@ class WarpMma(Product):
                         total = self._total(i * self.across + j, 2 * half + n, r, c + n)
                         T.buffer_store(self.shared, total, [r * width + c + n])
         barrier()
-
-
-def local(name: str, count: int, dtype: str = "uint32") -> Any:
-    """Registers."""
-    buffer = T.alloc_buffer((count,), dtype, scope="local")
-    IRBuilder.name(name, buffer)
-    return buffer
-
-
-def zeros(name: str, count: int, dtype: str = "uint32") -> Any:
-    """Registers that start as 0."""
-    buffer = local(name, count, dtype)
-    with T.unroll(0, count) as i:
-        T.buffer_store(buffer, tirx.const(0, dtype), [i])
-    return buffer
-
-
-def from_lane_across(value: Any, distance: int) -> Any:
-    """The value of the lane whose number differs by this bit."""
-    return T.cuda.__shfl_xor_sync(tirx.const(0xFFFFFFFF, "uint32"), value, distance, WARP)
 
 
 def chosen(warp: Any, values: Sequence[Any]) -> Any:
