@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import tvm_ffi
 from tvm import tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
@@ -14,6 +13,7 @@ from bnncc.dialect.stages import ZERO_ROWS
 
 from .base import Stages
 from .register_tile import TiledAnchor
+from .written import placed
 
 #: Axes of a convolution's stage: rows of the result, rows of the window.
 _Y, _KY = 1, 6
@@ -69,15 +69,10 @@ def _leave_out_zeros(sch: Schedule, sums: SBlockRV) -> None:
 
     def read(*, last: bool) -> Any:
         """The row that the first or the last of the tile's rows reads."""
-        at = _placed(y, {loop.loop_var: tirx.const(int(loop.extent) - 1 if last else 0, "int32") for loop in inside})
-        return Analyzer().simplify(_placed(row, {axes[_Y]: at, axes[_KY]: ky}))
+        at = placed(y, {loop.loop_var: tirx.const(int(loop.extent) - 1 if last else 0, "int32") for loop in inside})
+        return Analyzer().simplify(placed(row, {axes[_Y]: at, axes[_KY]: ky}))
 
     within = tirx.all(read(last=True) >= top, read(last=False) < height - bottom)
     body = tirx.IfThenElse(within, window.body, None)
     asking = tirx.For(ky, window.min, window.extent, window.kind, body, None, window.annotations)
     sch.state.replace(sch.state.get_sref(window), asking, {})
-
-
-def _placed(expr: Any, values: dict[Any, Any]) -> Any:
-    """An expression with others in the place of some of its variables."""
-    return tvm_ffi.structural_map(expr, (tirx.Var, lambda var: values.get(var, var)))

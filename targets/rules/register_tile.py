@@ -44,7 +44,7 @@ from .base import (
 from .nests import schedule_rest
 from .pack import Masks, block_lanes, in_order, schedule_bits
 from .permute import square
-from .turned import choose_chunk, turn, turned_stage
+from .turned import choose_chunk, fetch, turn, turned_stage
 
 #: Bytes of weights up to which the loop over output channels runs inside that over pixels (half of a small L1 cache).
 _CACHED_WEIGHTS = 16 << 10
@@ -368,6 +368,7 @@ class TileNest:
         self.pixel_loops = 2
         self._tile_loops(main)
         self.plane = sch.get_loops(turned)[-3]
+        self.tiles_of_chunk = (co, yo, xo)
         return xo
 
     def finish(self) -> None:
@@ -376,6 +377,8 @@ class TileNest:
             self.masks.finish()
         if self.turned:
             turn(self.sch, self.plane, self.chunk, square(self.target), self.turned)
+            if self.target.arch == "x86_64":
+                fetch(self.sch, self.tiles_of_chunk, self.chunk, self.turned)
 
     def _outer(self, block: SBlockRV, channels: int) -> LoopRV:
         """Splits pixels and channels of a stage into tiles, and orders and parallelises the loops over tiles."""

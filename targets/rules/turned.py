@@ -5,15 +5,18 @@
             the register tile and its epilogue      into chunk[pixel, channel], a local buffer
         y[channel, pixel] = chunk[pixel, channel]   by squares of vectors, as `permute` has them
 
-A step of its own would fetch the whole image again, and write to as many pages at once as there are channels.
+A step of its own would fetch the whole image again, and write to as many pages at once as there are channels. On x86,
+the place of a chunk in y is asked for while its tiles are computed: it comes from memory while nothing else does.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tvm import tirx
+from tvm import s_tir, tirx
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
@@ -21,11 +24,14 @@ from bnncc.targets.intrinsics import replace_body
 
 from .base import Stages
 from .permute import transposed
+from .written import placed
 
 #: Elements of a chunk: half of a small first-level cache, and what `bnncc.targets.lowering` leaves on the stack.
 _CHUNK = 4096
 #: Chunks below which an image is divided further, so that threads have even shares.
 _TASKS = 8
+#: Elements of a cache line.
+_LINE = 16
 #: NHWC → NCHW.
 _ORDER = (0, 3, 1, 2)
 
@@ -94,3 +100,29 @@ def turn(sch: Schedule, channel: LoopRV, chunk: Chunk, size: int, block: SBlockR
     for var, extent in ((down, chunk.pixels), (across, chunk.channels)):
         body = tirx.For(var, 0, -(-extent // size), tirx.ForKind.SERIAL, body)
     replace_body(sch, block, outer, body)
+
+
+def fetch(sch: Schedule, tiles: Sequence[LoopRV], chunk: Chunk, block: SBlockRV) -> None:
+    """Asks for a chunk's place in the result while its tiles are computed, some channels with each.
+
+    tiles: the loops around one register tile, innermost last. block: what `turn` has made.
+    """
+    nest = [sch.get(loop) for loop in tiles]
+    realize = next(s for s in sch.get(sch.get_loops(block)[-1]).body.seq if isinstance(s, s_tir.SBlockRealize))
+    (result,) = realize.block.writes
+    values = dict(zip((iv.var for iv in realize.block.iter_vars), realize.iter_values, strict=True))
+    n, c, y, x = (placed(r.min, values) for r in result.region)
+    index: Any = 0
+    for loop in nest:
+        index = index * int(loop.extent) + loop.loop_var
+    channels = -(-chunk.channels // math.prod(int(loop.extent) for loop in nest))
+    asked = []
+    for i in range(channels):
+        channel = tirx.min(index * channels + i, chunk.channels - 1)
+        for at in (*range(0, chunk.pixels - 1, _LINE), chunk.pixels - 1):
+            address = tirx.address_of(tirx.BufferLoad(result.source, [n, c + channel, y, x + at]))
+            asked.append(tirx.Evaluate(tirx.call_intrin("void", "tirx.prefetch", address, 1, 3, 1)))
+    last = nest[-1]
+    body = tirx.SeqStmt([*asked, last.body])
+    fetching = tirx.For(last.loop_var, last.min, last.extent, last.kind, body, None, last.annotations)
+    sch.state.replace(sch.state.get_sref(last), fetching, {})

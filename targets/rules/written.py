@@ -13,8 +13,12 @@ from tvm.tirx.script.builder import ir as T
 def substituted(expr: Any, block: Any, at: tuple[Any, ...]) -> Any:
     """An expression of a block at another place of the block's axes."""
     places = (tirx.const(index, "int32") if isinstance(index, int) else index for index in at)
-    axes = dict(zip((iv.var for iv in block.iter_vars), places, strict=True))
-    return tvm_ffi.structural_map(expr, (tirx.Var, lambda var: axes.get(var, var)))
+    return placed(expr, dict(zip((iv.var for iv in block.iter_vars), places, strict=True)))
+
+
+def placed(expr: Any, values: dict[Any, Any]) -> Any:
+    """An expression with others in the place of some of its variables."""
+    return tvm_ffi.structural_map(expr, (tirx.Var, lambda var: values.get(var, var)))
 
 
 def parts(length: int, lanes: int) -> Iterator[tuple[int, int]]:
