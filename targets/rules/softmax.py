@@ -5,8 +5,9 @@
                                                 comes into the cache meanwhile
     result[:] = result[:] * (1 / sum)           and the elementwise stages behind it
 
-A vector here is several of the machine's, so that they hide each other's latency. What a row has beyond whole vectors
-lies, filled up with −inf, in one of its own.
+The first pass of a row runs in the second one of the row before: the one waits for memory, the other for arithmetic,
+and their folds for each other. A vector here is several of the machine's, so that they hide each other's latency. What
+a row has beyond whole vectors lies, filled up with −inf, in one of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ from .written import over, parts, store, substituted
 
 #: Vector operations, about, for one of the elements: the exponential function and what is around it.
 _WORK = 24
+#: Rows of a task, at most.
+_TOGETHER = 8
+#: Where maxima begin: the lowest finite float.
+_LOWEST = -3.4028234663852886e38
 #: Registers, of those that the target has, for each of the machine's vectors that are computed at once.
 _REGISTERS = 8
 
@@ -55,6 +60,10 @@ class Softmax(Rule):
         return self.target.float_lanes * self.target.registers // _REGISTERS
 
 
+def _add(a: Any, b: Any) -> Any:
+    return a + b
+
+
 class _Kernel:
     """The kernel of one softmax, from the blocks that read its rows, give its powers and scale, and what follows."""
 
@@ -73,27 +82,32 @@ class _Kernel:
             for param in self.func.params:
                 T.arg(param.name, param)
             work = self.rows * (self.whole + bool(self.rest)) * _WORK
-            loop = T.parallel if work >= 2 * TASK_WORK and self.rows > 1 else T.serial
-            with loop(0, self.rows) as n:
-                self.n = n
-                # Floats lie in the result until they are what it is to hold.
-                fits = str(self.result.dtype) == "float32"
-                self.powers = self.result if fits else T.alloc_buffer((1, self.size), "float32", scope="local")
-                self.power_row = n if fits else 0
-                self._fill_rest()
-                top = self._reduced(self._value, -3.4028234663852886e38, tirx.max)
-                total = self._reduced(lambda vector: self._power(vector, top), 0.0, lambda a, b: a + b)
-                T.buffer_store(total, tirx.const(1.0, "float32") / total[0], [0])
-                over(self.size - self.rest, self.lanes, lambda at, size: self._scaled(total, at, size))
-                for at, size in parts(self.rest, self.lanes):
-                    self._scaled(total, self.whole * self.lanes + at, size)
+            together = max(g for g in range(1, _TOGETHER + 1) if self.rows % g == 0)
+            loop = T.parallel if work >= 2 * TASK_WORK and self.rows > together else T.serial
+            with loop(0, self.rows // together) as task:
+                first = task * together
+                ahead = self._highest(first)
+                with T.serial(0, together) as row:
+                    n = self.n = first + row
+                    self.next = tirx.min(n + 1, first + together - 1)
+                    # Floats lie in the result until they are what it is to hold.
+                    fits = str(self.result.dtype) == "float32"
+                    self.powers = self.result if fits else T.alloc_buffer((1, self.size), "float32", scope="local")
+                    self.power_row = n if fits else 0
+                    self._fill_rest()
+                    top = self._highest_of_all(ahead)
+                    total = self._sum_of_powers(top, ahead)
+                    T.buffer_store(total, tirx.const(1.0, "float32") / total[0], [0])
+                    over(self.size - self.rest, self.lanes, lambda at, size: self._scaled(total, at, size))
+                    for at, size in parts(self.rest, self.lanes):
+                        self._scaled(total, self.whole * self.lanes + at, size)
         return builder.get()
 
     def _vector(self, value: float) -> Any:
         return tirx.Broadcast(tirx.const(value, "float32"), self.lanes)
 
-    def _read(self, column: Any) -> Any:
-        return substituted(self.row.body.value, self.row, (self.n, column))
+    def _read(self, row: Any, column: Any) -> Any:
+        return substituted(self.row.body.value, self.row, (row, column))
 
     def _fill_rest(self) -> None:
         """The last vector of a row that has no whole number of them."""
@@ -102,40 +116,64 @@ class _Kernel:
             T.buffer_store(self.last, self._vector(-math.inf), [self._lanes()])
             first = self.whole * self.lanes
             for at, size in parts(self.rest, self.lanes):
-                store(self.last, lambda i: self._read(first + i), lambda i: [i], at, size)
+                store(self.last, lambda i: self._read(self.n, first + i), lambda i: [i], at, size)
 
     def _lanes(self, vector: Any = 0) -> Any:
         return tirx.Ramp(vector * self.lanes, 1, self.lanes)
 
-    def _value(self, vector: Any) -> Any:
-        """One vector of the row, in memory of its own."""
+    def _value(self, vector: Any, row: Any) -> Any:
+        """One vector of a row, in memory of its own."""
         if isinstance(vector, int) and vector == self.whole:
             return self.last[self._lanes()]
         value = T.alloc_buffer((self.lanes,), "float32", scope="local")
-        store(value, lambda i: self._read(vector * self.lanes + i), lambda i: [i], 0, self.lanes)
+        store(value, lambda i: self._read(row, vector * self.lanes + i), lambda i: [i], 0, self.lanes)
         return value[self._lanes()]
 
     def _power(self, vector: Any, top: Any) -> Any:
-        power = exp_of_negative(self._value(vector) - tirx.Broadcast(top[0], self.lanes))
+        power = exp_of_negative(self._value(vector, self.n) - tirx.Broadcast(top[0], self.lanes))
         if isinstance(vector, int) and vector == self.whole:
             T.buffer_store(self.last, power, [self._lanes()])
             return self.last[self._lanes()]
         T.buffer_store(self.powers, power, [self.power_row, self._lanes(vector)])
         return self.powers[self.power_row, self._lanes(vector)]
 
-    def _reduced(self, value: Callable[[Any], Any], start: float, fold: Callable[[Any, Any], Any]) -> Any:
-        """A buffer whose first element is the fold of the values of all vectors."""
+    def _kept(self, start: float) -> Any:
         kept = T.alloc_buffer((self.lanes,), "float32", scope="local")
-
-        def take(vector: Any) -> None:
-            T.buffer_store(kept, fold(kept[self._lanes()], value(vector)), [self._lanes()])
-
         T.buffer_store(kept, self._vector(start), [self._lanes()])
+        return kept
+
+    def _take(self, kept: Any, fold: Callable[[Any, Any], Any], value: Any) -> None:
+        T.buffer_store(kept, fold(kept[self._lanes()], value), [self._lanes()])
+
+    def _highest(self, row: Any) -> Any:
+        """The highest values of the whole vectors of a row, lane by lane."""
+        kept = self._kept(_LOWEST)
         if self.whole:
             with T.serial(0, self.whole) as vector:
-                take(vector)
+                self._take(kept, tirx.max, self._value(vector, row))
+        return kept
+
+    def _highest_of_all(self, ahead: Any) -> Any:
+        """A buffer whose first element is the highest value of this row, from its `_highest`, which is reset."""
+        kept = T.alloc_buffer((self.lanes,), "float32", scope="local")
+        T.buffer_store(kept, ahead[self._lanes()], [self._lanes()])
+        T.buffer_store(ahead, self._vector(_LOWEST), [self._lanes()])
         if self.rest:
-            take(self.whole)
+            self._take(kept, tirx.max, self.last[self._lanes()])
+        return self._folded(kept, tirx.max)
+
+    def _sum_of_powers(self, top: Any, ahead: Any) -> Any:
+        """A buffer whose first element is the sum of the powers; meanwhile, `ahead` becomes the next row's."""
+        kept = self._kept(0.0)
+        if self.whole:
+            with T.serial(0, self.whole) as vector:
+                self._take(kept, _add, self._power(vector, top))
+                self._take(ahead, tirx.max, self._value(vector, self.next))
+        if self.rest:
+            self._take(kept, _add, self._power(self.whole, top))
+        return self._folded(kept, _add)
+
+    def _folded(self, kept: Any, fold: Callable[[Any, Any], Any]) -> Any:
         width = self.lanes
         while width > 1:
             width //= 2

@@ -295,7 +295,13 @@ def test_channels_in_the_middle(target: TargetSpec, shape: tuple) -> None:
     np.testing.assert_array_equal(total, np.maximum(x + y, 0))
 
 
-@pytest.mark.parametrize("shape", [(3, 10), (1, 1), (2, 2), (2, 16), (3, 64), (2, 65), (5, 300), (2, 1000), (1, 5000)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 10), (1, 1), (2, 2), (2, 16), (3, 64), (2, 65), (5, 300), (2, 1000), (1, 5000),
+        (13, 130), (24, 200), (64, 1000),  # rows in several tasks
+    ],
+)  # fmt: skip
 def test_softmax(target: TargetSpec, shape: tuple) -> None:
     x = _floats(*shape)
     x[0, -1] = -np.inf if shape[1] > 1 else 0
