@@ -49,10 +49,13 @@ _DIAMOND = 16
 
 # Expressions of a kernel are trees: what an operator reads several times stands there several times, so that a chain of
 # such operators grows with their number as a power. Reads of one operand, where there are more than one.
-_READS = {"maximum": 4, "minimum": 4, "clip": 4, "nn.relu": 2, "nn.silu": 2, "nn.gelu": 2, "nn.gelu_tanh": 5}
+_READS = {
+    "maximum": 4, "minimum": 4, "clip": 4, "nn.relu": 2, "nn.leakyrelu": 3, "nn.silu": 2, "nn.gelu": 2,
+    "nn.gelu_tanh": 5,
+}  # fmt: skip
 # Operators of a tree from which on a kernel ends, and the next one reads its result from memory. Real networks have
-# some tens.
-_MOST_OPERATORS = 4096
+# some tens; of some thousands LLVM takes minutes.
+_MOST_OPERATORS = 512
 
 
 class _Group:

@@ -249,6 +249,18 @@ def test_do_not_fuse_a_chain_whose_tree_doubles_with_every_link(operator, functi
     check_values(mod, evaluate, execute)
 
 
+def test_do_not_fuse_a_chain_whose_links_read_one_operand_several_times(function, steps, evaluate, execute):
+    def body(x):
+        for _ in range(24):  # a tree of 3^24 operators, if all were one kernel
+            x = emit(R_.nn.leakyrelu(x, 0.5))
+        return R_.nn.relu(x)
+
+    mod = function((1, 2, 3, 4), body)
+    links = [op.count("leakyrelu") for op, _ in steps(mod)]
+    assert sum(links) == 24 and max(links) <= 6
+    check_values(mod, evaluate, execute)
+
+
 def test_do_not_fuse_past_a_value_that_leaves(steps):
     def body(x):
         a = emit(R_.nn.relu(move(x)))
