@@ -101,7 +101,7 @@ class _Pack(Rewriter):
             "xnor_conv2d", args,
             out_channels=out, depth=per_group * kh * kw, kernel_size=(kh, kw), strides=a["strides"],
             dilation=a["dilation"], n_eff=int(ternary_weight and not ternary), corrected=int(zero_padded),
-            **({"in_lanes": in_lanes} if in_lanes else {}), **({"carry_save": 1} if self.target.carry_save else {}),
+            counting=self.target.counting, **({"in_lanes": in_lanes} if in_lanes else {}),
             **({"padding": tuple(within)} if any(within) else {}),
         )  # fmt: skip
         path = origin.path if (origin := self.origin(var)) else ""

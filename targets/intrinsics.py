@@ -52,9 +52,9 @@ def use_dot(sch: Schedule, update: SBlockRV, lanes_loop: LoopRV, dot: Dot) -> No
     )
     if dot.x_dtype == "int8":
         x, w = (r for r in block.reads if r.source.dtype == "int8")
-    word = tirx.reinterpret("int32", _vector(x, 4))
-    value = dot.add(lanes, _vector(sums, lanes), word, _vector(w, 4 * lanes))
-    replace_body(sch, update, block, tirx.BufferStore(sums.source, value, _ramp(sums, lanes)))
+    word = tirx.reinterpret("int32", vector(x, 4))
+    value = dot.add(lanes, vector(sums, lanes), word, vector(w, 4 * lanes))
+    replace_body(sch, update, block, tirx.BufferStore(sums.source, value, ramp(sums, lanes)))
 
 
 def use_mask(sch: Schedule, update: SBlockRV, blocks: SBlockRV) -> None:
@@ -78,7 +78,7 @@ def use_mask(sch: Schedule, update: SBlockRV, blocks: SBlockRV) -> None:
     # TVM's types say that a mask of 16 bools and two bytes differ in size; to LLVM they do not.
     lanes = f"x{count // 8}" if count > 8 else ""
     packed = tirx.call_intrin(f"uint8{lanes}", "tirx.reinterpret", tirx.BufferLoad(flags, [tirx.Ramp(0, 1, count)]))
-    where = _ramp(sums, count // 8) if lanes else [r.min for r in sums.region]
+    where = ramp(sums, count // 8) if lanes else [r.min for r in sums.region]
     store = tirx.BufferStore(sums.source, tirx.Cast(f"{sums.source.dtype}{lanes}", packed), where)
     replace_body(sch, update, block, tirx.SeqStmt([comparison, store]), [flags])
 
@@ -102,24 +102,24 @@ def replace_body(sch: Schedule, update: SBlockRV, block: s_tir.SBlock, body: Any
     sch.state.replace(sch.state.get_sref(block), fast, {sch.get(update): fast})
 
 
-def _ramp(region: Any, length: int) -> list[Any]:
+def ramp(region: Any, length: int) -> list[Any]:
     """Where a region begins, and that many elements from there on."""
     *outer, last = (r.min for r in region.region)
     return [*outer, tirx.Ramp(last, 1, length)]
 
 
-def _vector(region: Any, length: int) -> Any:
-    return tirx.BufferLoad(region.source, _ramp(region, length))
+def vector(region: Any, length: int) -> Any:
+    return tirx.BufferLoad(region.source, ramp(region, length))
 
 
-def _llvm(intrinsic: str, dtype: str, *args: Any) -> Any:
+def llvm_pure(intrinsic: str, dtype: str, *args: Any) -> Any:
     return tirx.call_llvm_pure_intrin(dtype, llvm_lookup_intrinsic_id(intrinsic), *args)
 
 
 def _vnni(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
     """VPDPBUSD: four products to a lane, added to the sum."""
     x = tirx.reinterpret(f"uint8x{4 * lanes}", tirx.Broadcast(word, lanes))
-    return _llvm(f"llvm.x86.avx512.vpdpbusd.{lanes * 32}", f"int32x{lanes}", sums, x, weights)
+    return llvm_pure(f"llvm.x86.avx512.vpdpbusd.{lanes * 32}", f"int32x{lanes}", sums, x, weights)
 
 
 _WIDE_MADD = {4: "llvm.x86.sse2.pmadd.wd", 8: "llvm.x86.avx2.pmadd.wd", 16: "llvm.x86.avx512.pmaddw.d.512"}
@@ -134,7 +134,7 @@ def _maddwd(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
 
     x = tirx.reinterpret(halves, tirx.Broadcast(word, lanes))
     w = tirx.reinterpret(halves, weights)
-    madd = functools.partial(_llvm, _WIDE_MADD[lanes], f"int32x{lanes}")
+    madd = functools.partial(llvm_pure, _WIDE_MADD[lanes], f"int32x{lanes}")
     even = madd(x & const(255), (w << const(8)) >> const(8))
     return sums + even + madd((x >> const(8)) & const(255), w >> const(8))
 
@@ -142,33 +142,33 @@ def _maddwd(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
 def _sdot(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
     """SDOT: four products to a lane, added to the sum."""
     x = tirx.reinterpret(f"int8x{4 * lanes}", tirx.Broadcast(word, lanes))
-    return _llvm("llvm.aarch64.neon.sdot", f"int32x{lanes}", sums, x, weights)
+    return llvm_pure("llvm.aarch64.neon.sdot", f"int32x{lanes}", sums, x, weights)
 
 
 def _smull(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
     """SMULL; pairs of products added in 16 bits by ADDP, then to the sum by SADALP."""
-    pairs = _llvm("llvm.aarch64.neon.addp", "int16x8", *_products(word, weights))
-    return sums + _llvm("llvm.aarch64.neon.saddlp", f"int32x{lanes}", pairs)
+    pairs = llvm_pure("llvm.aarch64.neon.addp", "int16x8", *_products(word, weights))
+    return sums + llvm_pure("llvm.aarch64.neon.saddlp", f"int32x{lanes}", pairs)
 
 
 def _smull_wide(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
     """SMULL; pairs of products added in 32 bits by SADDLP and ADDP."""
-    pairs = [_llvm("llvm.aarch64.neon.saddlp", "int32x4", product) for product in _products(word, weights)]
-    return sums + _llvm("llvm.aarch64.neon.addp", f"int32x{lanes}", *pairs)
+    pairs = [llvm_pure("llvm.aarch64.neon.saddlp", "int32x4", product) for product in _products(word, weights)]
+    return sums + llvm_pure("llvm.aarch64.neon.addp", f"int32x{lanes}", *pairs)
 
 
 def _products(word: Any, weights: Any, instruction: str = "llvm.aarch64.neon.smull") -> list[Any]:
     """The 16 products of a vector, 16 bits each."""
     x = tirx.reinterpret("int8x16", tirx.Broadcast(word, 4))
     halves = [[half("int8x8", v) for v in (x, weights)] for half in (tirx.vectorlow, tirx.vectorhigh)]
-    return [_llvm(instruction, "int16x8", *pair) for pair in halves]
+    return [llvm_pure(instruction, "int16x8", *pair) for pair in halves]
 
 
 def vpadd(dtype: str, a: Any, b: Any) -> Any:
     """Sums of neighbouring integers of two vectors of 128 bits, as 32-bit ARM has them: of 64 bits."""
     half = f"{dtype.split('x')[0]}x{int(dtype.split('x')[1]) // 2}"
     sums = [
-        _llvm("llvm.arm.neon.vpadd", half, tirx.vectorlow(half, vector), tirx.vectorhigh(half, vector))
+        llvm_pure("llvm.arm.neon.vpadd", half, tirx.vectorlow(half, vector), tirx.vectorhigh(half, vector))
         for vector in (a, b)
     ]
     return tirx.vectorcombine(dtype, *sums)
@@ -177,13 +177,13 @@ def vpadd(dtype: str, a: Any, b: Any) -> Any:
 def _vmull(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
     """VMULL; pairs of products added in 16 bits by VPADD, then to the sum by VPADAL."""
     pairs = vpadd("int16x8", *_products(word, weights, "llvm.arm.neon.vmulls"))
-    return _llvm("llvm.arm.neon.vpadals", f"int32x{lanes}", sums, pairs)
+    return llvm_pure("llvm.arm.neon.vpadals", f"int32x{lanes}", sums, pairs)
 
 
 def _vmull_wide(lanes: int, sums: Any, word: Any, weights: Any) -> Any:
     """VMULL; pairs of products added in 32 bits by VPADDL and VPADD."""
     products = _products(word, weights, "llvm.arm.neon.vmulls")
-    pairs = [_llvm("llvm.arm.neon.vpaddls", "int32x4", product) for product in products]
+    pairs = [llvm_pure("llvm.arm.neon.vpaddls", "int32x4", product) for product in products]
     return sums + vpadd(f"int32x{lanes}", *pairs)
 
 

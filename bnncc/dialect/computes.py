@@ -23,6 +23,10 @@ __all__ = [
     "padding_correction", "threshold_pack",
 ]  # fmt: skip
 
+#: What a binary product counts at a time: the bits of each word; those of words that carry-save adders made of more;
+#: those of the bytes of each word, added up in bytes where the target has instructions for that.
+COUNTING = ("words", "carry_save", "bytes")
+
 #: A byte accumulator holds this many popcounts of one byte; half as many where the terms are signed.
 BYTE_STEPS = 31
 #: Words that carry-save adders take together: nine become four. Expressions grow with the square of it; twice as many
@@ -53,7 +57,7 @@ def binary_conv2d(
     dilation: tuple[int, int] = (1, 1),
     n_eff: te.Tensor | None = None,
     in_lanes: int = 0,
-    carry_save: bool = False,
+    counting: str = "words",
     padding: Padding = (0, 0, 0, 0),
 ) -> te.Tensor:
     """The convolution of ±1 (or −1/0/+1) values as exact int32 dot products [N, OH, OW, out_channels].
@@ -66,9 +70,8 @@ def binary_conv2d(
     in_lanes: if not 0, weights [OB, KH, KW, V, OL, in_lanes] of one group whose last axis are bytes of the reduction:
        those of one pixel (V vectors of them), or, where a pixel has fewer, of neighbouring pixels, with the same
        weights for each.
-    padding: pixels around x that are read as words of 0; not with `in_lanes` and `carry_save`.
-    carry_save: bits are added up before they are counted, where neither operand is ternary and a word can hold the sum
-        of its own counts: not where it is a byte.
+    padding: pixels around x that are read as words of 0; not with `in_lanes` and "carry_save".
+    counting: one of `COUNTING`; the others than "words" where neither operand is ternary and no word is a byte.
     """
     if in_lanes:
         mismatches, blocks, lanes = _lane_counts(x, w, strides, dilation)
@@ -107,13 +110,16 @@ def binary_conv2d(
         return f
 
     shape = (batch, oh, ow, groups, blocks, lanes)
-    if carry_save and str(x.dtype) != "uint8" and not (ternary_x or ternary_w):
+    plain = str(x.dtype) != "uint8" and not (ternary_x or ternary_w)
+    if counting == "carry_save" and plain:
 
         def differing(n: Any, y: Any, x_: Any, g: Any, b: Any, lane: Any, i: Any, j: Any, k: Any) -> Any:
             pixel = (n, y * strides[0] + i * dilation[0], x_ * strides[1] + j * dilation[1])
             return x(*pixel, g * words + k) ^ w(g, b, i, j, k, lane)
 
         counts = _carry_save_counts(shape, (kh, kw, words), differing)
+    elif counting == "bytes" and plain:
+        counts = _byte_counts(shape, (kh, kw, words), term(str(x.dtype)), str(x.dtype))
     else:
         counts = _popcounts(x.dtype, signed, shape, (kh, kw, words), term)
     return _dots(counts, out_channels, groups, blocks, lanes, None if signed else depth, n_eff)
@@ -254,6 +260,38 @@ def _carry_saved(words: list[Any]) -> list[list[Any]]:
         result.append(words)
         words = carries
     return result
+
+
+def _byte_counts(
+    shape: tuple[int, ...], reduced: tuple[int, int, int], term: Callable[..., Any], word: str
+) -> te.Tensor:
+    """Sums `term`, popcounts of words, over (KH, KW, K), in chunks whose counts of a byte fit into a byte."""
+    kh, kw, words = reduced
+    *outer, lanes = shape
+    rows = max((r for r in range(1, kh + 1) if kh % r == 0 and r * kw * words <= BYTE_STEPS), default=0)
+    size = _chunk_of(words, BYTE_STEPS)
+    window = (rows, kw, words) if rows else (1, 1, size)
+    parts = (kh // rows, 1, 1) if rows else (kh, kw, -(-words // size))
+    i, j, k = (te.reduce_axis((0, extent), name) for extent, name in zip(window, ("ky", "kx", "k"), strict=True))
+
+    def chunk(*axes: Any) -> Any:
+        *at, y, x, part, lane = axes
+        if rows or words % size == 0:
+            value = term(*at, lane, y * window[0] + i, x + j, part * size + k)
+        else:  # the last one has a rest
+            inside = part * size + k < words
+            word_at = tirx.min(part * size + k, words - 1)
+            value = tirx.if_then_else(inside, term(*at, lane, y + i, x + j, word_at), tirx.const(0, word))
+        return te.sum(value, axis=[i, j, k])
+
+    chunks = staged((*outer, *parts, lanes), chunk, "binary_conv2d_bytes", "binary_conv2d.bytes")
+    among = [te.reduce_axis((0, extent), name) for extent, name in zip(parts, ("y", "x", "part"), strict=True)]
+    return staged(
+        shape,
+        lambda *axes: te.sum(chunks(*axes[:-1], *among, axes[-1]), axis=among),
+        "binary_conv2d_total",
+        "binary_conv2d.total",
+    )
 
 
 def _popcounts(

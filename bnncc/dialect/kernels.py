@@ -211,7 +211,7 @@ def _xnor_conv2d(args: Sequence[Any], a: dict[str, Any], _: relax.Call) -> te.Te
         dilation=a["dilation"],
         n_eff=n_eff,
         in_lanes=a.get("in_lanes", 0),
-        carry_save=bool(a.get("carry_save", 0)),
+        counting=a["counting"],
         padding=a.get("padding", (0, 0, 0, 0)),
     )
     return computes.padding_correction(dot, *rest) if a["corrected"] else dot

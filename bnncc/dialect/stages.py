@@ -6,6 +6,7 @@ a stage by its block annotation `ROLE`, never by its name:
 
     binary_conv2d        popcounts of one convolution, axes [N, OH, OW, G, OB, OL] + reduction [KH, KW, K]
     binary_conv2d.chunk  the same over at most 31 byte steps, axes [N, OH, OW, G, OB, OL, chunks] + reduction
+    binary_conv2d.bytes  the same of bytes of words, axes [N, OH, OW, G, OB, chunks, OL] + reduction
     binary_conv2d.total  the sum of the chunks in a wider type
     binary_conv2d.lanes  popcounts of bytes that stay apart, axes [N, OH, OW / pixels of a vector, OB, chunks, OL, lane]
     binary_conv2d.lane_total  the sum of chunks and lanes in a wider type, axes [N, OH, OW, 1, OB, OL]

@@ -104,7 +104,7 @@ class CudaSpec:
     # -- what passes ask ---------------------------------------------------------------------------------------------
 
     word_bits = WARP
-    carry_save = False
+    counting = "words"
     planar_windows = False
 
     @property

@@ -6,7 +6,7 @@ from __future__ import annotations
 from bnncc.targets.descriptor import TargetSpec
 
 from .base import Rule
-from .binary_conv import BinaryConv, BinaryConvBytes
+from .binary_conv import BinaryConv, BinaryConvBytes, BinaryConvWordBytes
 from .byte_conv import ByteConv
 from .conv import Conv, Dense
 from .lane_conv import LaneConv
@@ -18,7 +18,9 @@ from .register_tile import TiledAnchor, Tiles, default_tile
 from .run_sums import RunSums
 from .softmax import Softmax
 
-_TILED: tuple[type[TiledAnchor], ...] = (BinaryConv, LaneConv, BinaryConvBytes, ByteConv, Conv, Dense)
+_TILED: tuple[type[TiledAnchor], ...] = (
+    BinaryConv, LaneConv, BinaryConvBytes, BinaryConvWordBytes, ByteConv, Conv, Dense,
+)  # fmt: skip
 
 
 def rules_for(target: TargetSpec, tiles: Tiles = default_tile) -> list[Rule]:

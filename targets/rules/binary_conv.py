@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from tvm.s_tir import SBlock
+
+from bnncc.targets.byte_counts import fits
+
 from .register_tile import TiledAnchor
 
 #: Vectors (weights and sums) of a tile where POPCNT counts single words; measured best of 3 to 8.
@@ -28,7 +32,7 @@ class BinaryConv(TiledAnchor):
             # Of sixteen general registers, each vector of accumulators takes one to a lane, and its weights as many.
             return _SCALAR_VECTORS
         registers = max(1, dtype_bits * lanes // self.target.vector_bits)
-        if self.target.carry_save:
+        if self.target.counting == "carry_save":
             return _CARRY_SAVE_SUMS // registers
         # The difference and, where LLVM counts by tables, the table, its mask, a zero and two halves.
         temporaries = {"vector": 3, "table": 5, "bytes": 4}[self.target.popcount]
@@ -46,3 +50,15 @@ class BinaryConvBytes(BinaryConv):
         # The wide totals live in the first-level cache; the byte accumulators fill the registers.
         registers = max(1, 8 * lanes // self.target.vector_bits)
         return (self.target.registers - 4) // registers
+
+
+class BinaryConvWordBytes(BinaryConv):
+    """Convolutions of words whose bytes count apart, for at most 31 steps."""
+
+    name = "binary convolution in bytes of words"
+    anchor_role: ClassVar[str] = "binary_conv2d.bytes"
+    total_role: ClassVar[str | None] = "binary_conv2d.total"
+    lane_axis: ClassVar[int] = -1
+
+    def counts_bytes(self, total: SBlock) -> bool:
+        return fits(int(total.iter_vars[5].dom.extent), str(total.writes[0].source.dtype))

@@ -16,7 +16,10 @@ from .pack import schedule_pack, schedule_planar
 from .reduction import schedule_reduction
 
 #: Roles whose own rules schedule the whole kernel.
-_ANCHORS = ("binary_conv2d", "binary_conv2d.chunk", "binary_conv2d.lanes", "byte_conv2d", "conv2d", "dense")
+_ANCHORS = (
+    "binary_conv2d", "binary_conv2d.chunk", "binary_conv2d.bytes", "binary_conv2d.lanes", "byte_conv2d", "conv2d",
+    "dense",
+)  # fmt: skip
 
 
 def schedule_rest(stages: Stages, target: TargetSpec, done: set[str], run: int = 0) -> None:

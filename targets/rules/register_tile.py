@@ -25,6 +25,7 @@ from tvm.s_tir import SBlock, Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from bnncc.dialect.stages import GROUP
+from bnncc.targets.byte_counts import add_bytes, count_bytes
 from bnncc.targets.descriptor import TargetSpec
 from bnncc.targets.intrinsics import MIN_LANES, Dot, use_dot
 
@@ -179,6 +180,8 @@ class TiledAnchor(Rule):
     anchor_role: ClassVar[str]
     #: Stage that sums the anchor's results over parts of the reduction, where there is one.
     total_role: ClassVar[str | None] = None
+    #: Of the anchor's axes, where there is such a stage.
+    lane_axis: ClassVar[int] = 5
 
     @property
     def scalar(self) -> bool:
@@ -188,6 +191,10 @@ class TiledAnchor(Rule):
     def accumulators(self, dtype_bits: int, lanes: int) -> int:
         """How many accumulators of `lanes` lanes the registers hold beside the inner loop's temporaries."""
         raise NotImplementedError
+
+    def counts_bytes(self, total: SBlock) -> bool:
+        """Whether the anchor's sums are of the bytes of words, added up by `total`."""
+        return False
 
     def dot(self, anchor: SBlock) -> Dot | None:
         """The instructions that compute the lanes and the last axis of the reduction; None: a vectorised loop."""
@@ -208,9 +215,15 @@ class TiledAnchor(Rule):
         shape = anchor_shape(stages, last, main, anchors[0])
         fused = fused_pack(stages, main, shape, self.target)
         nest = TileNest(self, stages, shape, main, fused, last)
-        parts = accumulate(sch, last, nest.run(), scalar=self.scalar, dot=self.dot(sch.get(last)))
+        in_bytes = self.counts_bytes(sch.get(last))
+        parts = accumulate(
+            sch, last, nest.run(), scalar=self.scalar, dot=self.dot(sch.get(last)), vectorized=not in_bytes
+        )
         if totals:
-            accumulate(sch, anchors[0], parts)
+            accumulate(sch, anchors[0], parts, lane_axis=self.lane_axis, vectorized=not in_bytes)
+        if in_bytes:
+            count_bytes(sch, anchors[0])
+            add_bytes(sch, last)
         nest.finish()
         done = {stages.name(b) for b in (*anchors, *totals, main, *nest.behind) if b in stages.blocks}
         schedule_rest(stages, self.target, done)
@@ -446,10 +459,20 @@ def epilogue_lanes(target: TargetSpec, shape: Shape, channels: int) -> int:
     return lanes if lanes >= min(4, channels) else channels
 
 
-def accumulate(sch: Schedule, block: SBlockRV, at: LoopRV, *, scalar: bool = False, dot: Dot | None = None) -> LoopRV:
+def accumulate(
+    sch: Schedule,
+    block: SBlockRV,
+    at: LoopRV,
+    *,
+    scalar: bool = False,
+    dot: Dot | None = None,
+    lane_axis: int = -1,
+    vectorized: bool = True,
+) -> LoopRV:
     """Moves a reduction under `at` with its lanes innermost; returns the innermost loop of the reduction itself.
 
     scalar: lanes are unrolled, not vectorised. dot: computes the lanes and the reduction's last axis.
+    lane_axis: which of the spatial axes. vectorized: else the lanes stay a plain loop, the innermost.
     """
     over_lanes = sch.unroll if scalar else sch.vectorize
     sch.compute_at(block, at, preserve_unit_loops=True)
@@ -457,13 +480,13 @@ def accumulate(sch: Schedule, block: SBlockRV, at: LoopRV, *, scalar: bool = Fal
     loops = sch.get_loops(block)[-len(axes) :]
     reduced = [loop for loop, iv in zip(loops, axes, strict=True) if iv.iter_type == REDUCED]
     spatial = [loop for loop, iv in zip(loops, axes, strict=True) if iv.iter_type == SPATIAL]
-    lane = spatial.pop(5 if len(spatial) > 3 else 2)
+    lane = spatial.pop(lane_axis)
     if dot and extent(sch, lane) < MIN_LANES:
         dot = None  # a convolution of fewer channels than a vector has lanes
     last = [reduced.pop()] if dot else []
     sch.reorder(*reduced, *spatial, lane, *last)
     unroll(sch, *spatial)
-    if not dot:
+    if vectorized and not dot:
         over_lanes(lane)
     init = sch.decompose_reduction(block, reduced[0])
     *others, first = sch.get_loops(init)[-len(spatial) - 1 :]

@@ -44,7 +44,7 @@ LANES = 4  # of the accumulators on AVX2: words in a vector
 def xnor(words, weight, args=(), **attrs):
     defaults = {
         "out_channels": 4, "depth": 576, "kernel_size": (3, 3), "strides": (1, 1), "dilation": (1, 1), "n_eff": 0,
-        "corrected": 0,
+        "corrected": 0, "counting": "bytes",
     }  # fmt: skip
     packed = relax.const(pack_weight(weight, 1, 64, 8, LANES))
     return emit(call("xnor_conv2d", [words, packed, *args], **{**defaults, **attrs}))

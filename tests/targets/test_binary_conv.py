@@ -38,7 +38,7 @@ def _check_conv(
     strides: tuple,
     dilation: tuple,
     groups: int,
-    carry_save: bool = False,
+    counting: str = "words",
     **ternary: bool,
 ) -> None:
     words, packed = _operands(target, x, w, groups, **ternary)
@@ -46,7 +46,7 @@ def _check_conv(
         target,
         lambda a, b: computes.binary_conv2d(
             a, b, depth=int(np.prod(w.shape[1:])), out_channels=w.shape[0], strides=strides, dilation=dilation,
-            carry_save=carry_save,
+            counting=counting,
         ),
         words,
         packed,
@@ -85,17 +85,28 @@ def test_windows_and_groups(target: TargetSpec, kernel: tuple, strides: tuple, d
     _check_conv(target, _signs(2, 11, 12, 48), _signs(32, 48 // groups, *kernel), strides, dilation, groups)
 
 
+def _added_up(target: TargetSpec) -> str:
+    """How bits are added up before they are counted: as the target does it, or else in the way that needs nothing."""
+    return "carry_save" if target.counting == "words" else target.counting
+
+
 @pytest.mark.parametrize("channels", [1, 64, 130, 320, 576])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (2, 5), (11, 3)])
 def test_bits_added_up_before_they_are_counted(target: TargetSpec, channels: int, kernel: tuple) -> None:
-    """Windows of fewer, as many and more words than carry-save adders take at once."""
-    _check_conv(target, _signs(1, 12, 9, channels), _signs(24, channels, *kernel), (1, 2), (1, 1), 1, carry_save=True)
+    """Windows of fewer, as many and more words than carry-save adders, and than bytes, take at once."""
+    x, w = _signs(1, 12, 9, channels), _signs(24, channels, *kernel)
+    _check_conv(target, x, w, (1, 2), (1, 1), 1, counting=_added_up(target))
+
+
+def test_a_last_chunk_of_fewer_words(target: TargetSpec) -> None:
+    x, w = _signs(1, 3, 5, 37 * 64), _signs(24, 37 * 64, 1, 2)
+    _check_conv(target, x, w, (1, 1), (1, 1), 1, counting=_added_up(target))
 
 
 @pytest.mark.parametrize("agree", [0, 1])
 def test_carries_of_words_that_are_all_ones(target: TargetSpec, agree: int) -> None:
     x, w = np.ones((1, 5, 6, 576), np.int8), np.full((16, 576, 3, 3), 2 * agree - 1, np.int8)
-    _check_conv(target, x, w, (1, 1), (1, 1), 1, carry_save=True)
+    _check_conv(target, x, w, (1, 1), (1, 1), 1, counting=_added_up(target))
 
 
 @pytest.mark.parametrize(("groups", "out"), [(2, 2), (3, 15), (4, 12), (2, 40)])
