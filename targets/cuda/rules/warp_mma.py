@@ -41,6 +41,7 @@ _MOST_AHEAD = 96
 
 #: Registers that a thread has for sums and fragments: the rest of its 255 is for addresses and copies.
 _REGISTERS = 192
+_OTHER_REGISTERS = 63
 
 
 class WarpMma(Product):
@@ -63,6 +64,12 @@ class WarpMma(Product):
     @property
     def shared_words(self) -> int:
         return self.copies.words
+
+    @property
+    def blocks_per_sm(self) -> int:
+        """One or two, as registers allow. Unasked, ptxas spills some to make room for one more."""
+        registers = min(255, self.registers + _OTHER_REGISTERS)
+        return 2 if 2 * self.tile.threads * registers <= self.gpu.registers_per_sm else 1
 
     @property
     def own_words(self) -> int:
