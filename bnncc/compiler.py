@@ -60,7 +60,7 @@ class Options:
         tuning database (`bnncc.targets.tuning`), which every compilation reads.
     """
 
-    dump_ir: Path | None = None
+    dump_ir: str | Path | None = None
     channels_last: str = "none"
     cache: bool = True
     float_layers: str = "float32"
@@ -177,7 +177,7 @@ def _compile_version(
     tuned: what tuning came to goes here. siblings: versions of the artifact; if there are several, progress, dumped IR
     and kernels carry the target's name.
     """
-    folder, stages, labelled = options.dump_ir, report, siblings > 1
+    folder, stages, labelled = Path(options.dump_ir) if options.dump_ir else None, report, siblings > 1
     if labelled:
         folder = folder / spec.name if folder else None
 

@@ -147,7 +147,7 @@ def test_an_artifact_of_several_versions(compiled):
 def test_it_can_be_turned_off(compiled, entries, monkeypatch, tmp_path):
     for _ in range(2):
         bnncc.compile(network(), (X,), options=bnncc.Options(cache=False))
-        bnncc.compile(network(), (X,), options=bnncc.Options(dump_ir=tmp_path / "ir"))
+        bnncc.compile(network(), (X,), options=bnncc.Options(dump_ir=str(tmp_path / "ir")))
     monkeypatch.setenv("BNNCC_CACHE", "off")
     bnncc.compile(network(), (X,))
     assert (len(compiled), entries()) == (5, [])
