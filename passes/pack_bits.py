@@ -101,8 +101,8 @@ class _Pack(Rewriter):
             "xnor_conv2d", args,
             out_channels=out, depth=per_group * kh * kw, kernel_size=(kh, kw), strides=a["strides"],
             dilation=a["dilation"], n_eff=int(ternary_weight and not ternary), corrected=int(zero_padded),
-            counting=self.target.counting, **({"in_lanes": in_lanes} if in_lanes else {}),
-            **({"padding": tuple(within)} if any(within) else {}),
+            **({"in_lanes": in_lanes} if in_lanes else {}), **({"padding": tuple(within)} if any(within) else {}),
+            **({} if self.target.counting == "words" else {"counting": self.target.counting}),
         )  # fmt: skip
         path = origin.path if (origin := self.origin(var)) else ""
         accumulator = self.emit(product, f"{var.name}__acc", Origin("", path))

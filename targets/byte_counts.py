@@ -3,8 +3,8 @@
 LLVM counts the bits of every word by itself: it looks up those of its bytes and adds these up across the word. Here
 the bytes of a vector of words stay apart over all steps of a sum that a byte can hold:
 
-    bytes[l] += counts of the bytes of x ^ w[l]      `count_bytes`; words of 64 bits, seen as eight bytes
-    sums[l] += the eight bytes of bytes[l]           `add_bytes`
+    bytes[l] += counts of the bytes of x ^ w[l]      `_count_bytes`; words of 64 bits, seen as eight bytes
+    sums[l] += the eight bytes of bytes[l]           `_add_bytes`
 """
 
 from __future__ import annotations
@@ -28,7 +28,19 @@ def fits(lanes: int, dtype: str) -> bool:
     return dtype == "uint64" and 64 * lanes in _SUMS_OF_BYTES
 
 
-def count_bytes(sch: Schedule, update: SBlockRV) -> None:
+def use_byte_counts(sch: Schedule, counted: SBlockRV, total: SBlockRV) -> None:
+    """Puts vectors of bytes in the place of the innermost loops around both, which are over lanes; vectorises the loops
+    where fewer lanes are computed than instructions have."""
+    loops = [sch.get_loops(block)[-1] for block in (counted, total)]
+    if all(64 * int(sch.get(loop).extent) in _SUMS_OF_BYTES for loop in loops):
+        _count_bytes(sch, counted)
+        _add_bytes(sch, total)
+    else:
+        for loop in loops:
+            sch.vectorize(loop)
+
+
+def _count_bytes(sch: Schedule, update: SBlockRV) -> None:
     """Replaces the innermost loop around `update`, ``sums[l] += popcount(…)``, by vectors of bytes."""
     block, lanes = _lanes_of(sch, update)
     (sums,) = block.writes
@@ -42,8 +54,8 @@ def count_bytes(sch: Schedule, update: SBlockRV) -> None:
     replace_body(sch, update, block, tirx.BufferStore(sums.source, value, ramp(sums, lanes)))
 
 
-def add_bytes(sch: Schedule, update: SBlockRV) -> None:
-    """Replaces the innermost loop around `update`, ``total[l] += sums[l]`` of sums that `count_bytes` made."""
+def _add_bytes(sch: Schedule, update: SBlockRV) -> None:
+    """Replaces the innermost loop around `update`, ``total[l] += sums[l]`` of sums that `_count_bytes` made."""
     block, lanes = _lanes_of(sch, update)
     (total,) = block.writes
     (sums,) = (region for region in block.reads if not region.source.same_as(total.source))

@@ -211,7 +211,7 @@ def _xnor_conv2d(args: Sequence[Any], a: dict[str, Any], _: relax.Call) -> te.Te
         dilation=a["dilation"],
         n_eff=n_eff,
         in_lanes=a.get("in_lanes", 0),
-        counting=a["counting"],
+        counting=a.get("counting", "words"),
         padding=a.get("padding", (0, 0, 0, 0)),
     )
     return computes.padding_correction(dot, *rest) if a["corrected"] else dot

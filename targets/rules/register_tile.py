@@ -25,7 +25,7 @@ from tvm.s_tir import SBlock, Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from bnncc.dialect.stages import GROUP
-from bnncc.targets.byte_counts import add_bytes, count_bytes
+from bnncc.targets.byte_counts import use_byte_counts
 from bnncc.targets.descriptor import TargetSpec
 from bnncc.targets.intrinsics import MIN_LANES, Dot, use_dot
 
@@ -221,12 +221,11 @@ class TiledAnchor(Rule):
         )
         if totals:
             accumulate(sch, anchors[0], parts, lane_axis=self.lane_axis, vectorized=not in_bytes)
-        if in_bytes:
-            count_bytes(sch, anchors[0])
-            add_bytes(sch, last)
         nest.finish()
         done = {stages.name(b) for b in (*anchors, *totals, main, *nest.behind) if b in stages.blocks}
         schedule_rest(stages, self.target, done)
+        if in_bytes:
+            use_byte_counts(sch, anchors[0], last)
         return sch
 
 

@@ -26,9 +26,7 @@ def _binary_conv(rows: int, channels: int, out: int) -> str:
     lanes = spec.binary_lanes(out)
     x = np.zeros((1, rows + 2, 16, layout.words), layout.word_dtype)
     w = np.zeros((1, out // lanes, 3, 3, layout.words, lanes), layout.word_dtype)
-    kernel = Kernel(
-        spec, lambda a, b: computes.binary_conv2d(a, b, depth=9 * channels, out_channels=out, carry_save=False), x, w
-    )
+    kernel = Kernel(spec, lambda a, b: computes.binary_conv2d(a, b, depth=9 * channels, out_channels=out), x, w)
     return str(kernel.scheduled["kernel"].script())
 
 
