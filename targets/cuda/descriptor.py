@@ -27,6 +27,8 @@ class Architecture:
     async_copies: ``cp.async`` from global to shared memory.
     most_shared: bytes of shared memory that a block can ask for. shared_per_sm, threads_per_sm, blocks_per_sm,
         registers_per_sm: of a multiprocessor, at most. sms: multiprocessors of the largest GPU, for choosing tiles.
+    tile_registers: that a thread has for the sums and fragments of bits and bytes: the rest of its 255 is for addresses
+        and copies.
     """
 
     sm: str
@@ -39,6 +41,7 @@ class Architecture:
     sms: int
     description: str
     registers_per_sm: int = 65536
+    tile_registers: int = 192
 
     @property
     def bit_operations(self) -> tuple[str, ...]:

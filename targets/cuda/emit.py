@@ -34,6 +34,8 @@ from .rules.base import BLOCKS_PER_SM
 logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 64
+#: `Architecture.tile_registers` for kernels that would spill with more.
+_FEWER_REGISTERS = 64
 _THREAD_AXES = ("blockIdx.x", "blockIdx.y", "blockIdx.z", "threadIdx.x", "threadIdx.y", "threadIdx.z")
 _CONFIG = {"tirx.disable_assert": True}
 
@@ -85,6 +87,13 @@ class Scheduled:
     mod: tvm.IRModule
     pieces: dict[str, tuple[str, ...]]
     params: dict[str, tuple[str, ...]]
+
+    def updated(self, others: Scheduled) -> Scheduled:
+        """The same with other schedules of some kernels."""
+        replaced = {piece for kernel in others.pieces for piece in self.pieces[kernel]}
+        functions = {gvar.name_hint: f for gvar, f in self.mod.functions.items() if gvar.name_hint not in replaced}
+        functions |= {gvar.name_hint: f for gvar, f in others.mod.functions.items()}
+        return Scheduled(tvm.IRModule(functions), self.pieces | others.pieces, self.params)
 
 
 def schedule(mod: tvm.IRModule, target: CudaSpec) -> Scheduled:
@@ -258,14 +267,28 @@ def compile_kernels(
     from . import toolchain
     from .cubin import resources
 
-    lowered = lower(schedule(mod, target), target)
-    placed, launches = place(plan, lowered)
-    if dump:
-        dump("kernels.cu", toolchain.self_contained(lowered.source))
-    image, ptx = toolchain.compile_cuda(lowered.source, target.sm)
+    def compiled(scheduled: Scheduled) -> tuple[Lowered, bytes, bytes]:
+        lowered = lower(scheduled, target)
+        if dump:
+            dump("kernels.cu", toolchain.self_contained(lowered.source))
+        return lowered, *toolchain.compile_cuda(lowered.source, target.sm)
+
+    scheduled = schedule(mod, target)
+    lowered, image, ptx = compiled(scheduled)
+    used = resources(image)
+    spilling = {
+        kernel: mod[kernel]
+        for kernel, calls in lowered.calls.items()
+        if any(used[call.function].local_bytes for call in calls)
+    }
+    if spilling:  # which kernels do depends on their epilogues, and on the compiler
+        frugal = replace(target, gpu=replace(target.gpu, tile_registers=_FEWER_REGISTERS))
+        lowered, image, ptx = compiled(scheduled.updated(schedule(tvm.IRModule(spilling), frugal)))
+        used = resources(image)
     if dump:
         dump("kernels.ptx", ptx.decode())
-    return placed, DeviceCode(target.sm, image, ptx, launches, resources(image))
+    placed, launches = place(plan, lowered)
+    return placed, DeviceCode(target.sm, image, ptx, launches, used)
 
 
 __all__ = ["Lowered", "compile_kernels", "lower", "place", "schedule"]

@@ -16,6 +16,7 @@ from bnncc.dialect.plan import QuantizedLayer
 from bnncc.passes import pipeline
 from bnncc.targets.cuda import emit
 from bnncc.targets.cuda.descriptor import CUDA_TARGETS
+from bnncc.targets.launch import DeviceCode
 
 _ALIGNMENT = 256
 
@@ -29,6 +30,17 @@ def lowered(
     kernels = {gvar.name_hint: func for gvar, func in mod.functions_items() if gvar.name_hint != "main"}
     code = emit.lower(emit.schedule(IRModule(kernels), spec), spec)
     return *emit.place(pipeline.plan_memory(mod, "model"), code), code
+
+
+def compiled(model: nn.Module, inputs: Sequence[torch.Tensor], target: str) -> tuple[DeviceCode, str]:
+    """The device code of a network, and its CUDA C."""
+    spec = CUDA_TARGETS[target]
+    texts: dict[str, str] = {}
+    mod = pipeline.run(import_model(model, tuple(inputs)).mod, spec)
+    kernels = {gvar.name_hint: func for gvar, func in mod.functions_items() if gvar.name_hint != "main"}
+    plan = pipeline.plan_memory(mod, "model")
+    _, code = emit.compile_kernels(IRModule(kernels), plan, spec, dump=texts.__setitem__)
+    return code, texts["kernels.cu"]
 
 
 def run(

@@ -8,30 +8,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import lowered
+from networks import compiled
 from torch import nn
 
 from benchmarks.zoo import NETWORKS
-from bnncc.targets.cuda import toolchain
-from bnncc.targets.cuda.cubin import Resources, resources
 from bnncc.targets.cuda.descriptor import ARCHITECTURES, Architecture
-from bnncc.targets.launch import Launch
+from bnncc.targets.launch import Launch, Resources
 
 #: Launches of kernels of one block, whatever they compute.
 _GRID = 2**31 - 1
 
 
 def _check(model: nn.Module, image: torch.Tensor, sm: str) -> None:
-    _, steps, code = lowered(model, [image], f"cuda-{sm}")
-    cubin, _ = toolchain.compile_cuda(code.source, sm)
-    found = resources(cubin)
+    code, source = compiled(model, [image], f"cuda-{sm}")
     wrong = [
         f"{launch.function}: {problem}"
-        for launch in {launch.function: launch for step in steps for launch in step}.values()
-        if (problem := _problem(launch, found[launch.function], ARCHITECTURES[sm]))
+        for launch in {launch.function: launch for step in code.launches for launch in step}.values()
+        if (problem := _problem(launch, code.resources[launch.function], ARCHITECTURES[sm]))
     ]
     assert not wrong, "\n".join(wrong)
-    assert re.search(r"\bmma\.sync\.", code.source), "nothing is multiplied by tensor cores"
+    assert re.search(r"\bmma\.sync\.", source), "nothing is multiplied by tensor cores"
 
 
 def _problem(launch: Launch, kernel: Resources, gpu: Architecture) -> str:

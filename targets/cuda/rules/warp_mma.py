@@ -39,8 +39,7 @@ _TILES = (
 #: Words of the depth that shared memory holds at most of each row: more under way would not come sooner.
 _MOST_AHEAD = 96
 
-#: Registers that a thread has for sums and fragments: the rest of its 255 is for addresses and copies.
-_REGISTERS = 192
+#: Registers of a thread for addresses and copies.
 _OTHER_REGISTERS = 63
 
 
@@ -235,6 +234,6 @@ def _staged(gemm: Gemm, tile: Tile, gpu: Architecture, make: Callable[[Tile], Wa
         staged = replace(tile, depth=depth, stages=stages)
         product = make(staged)
         words = max(product.shared_words, tile.rows * pitch(tile)) + product.own_words
-        if words * 4 <= gpu.shared_per_sm // 2 - 1024 and product.registers <= _REGISTERS:
+        if words * 4 <= gpu.shared_per_sm // 2 - 1024 and product.registers <= gpu.tile_registers:
             return staged
     return None
