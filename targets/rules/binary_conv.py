@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tvm.s_tir import SBlock
-
-from bnncc.targets.byte_counts import fits
-
 from .register_tile import TiledAnchor
 
 #: Vectors (weights and sums) of a tile where POPCNT counts single words; measured best of 3 to 8.
@@ -59,6 +55,4 @@ class BinaryConvWordBytes(BinaryConv):
     anchor_role: ClassVar[str] = "binary_conv2d.bytes"
     total_role: ClassVar[str | None] = "binary_conv2d.total"
     lane_axis: ClassVar[int] = -1
-
-    def counts_bytes(self, total: SBlock) -> bool:
-        return fits(int(total.iter_vars[5].dom.extent), str(total.writes[0].source.dtype))
+    in_bytes: ClassVar[bool] = True

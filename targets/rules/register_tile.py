@@ -25,7 +25,6 @@ from tvm.s_tir import SBlock, Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from bnncc.dialect.stages import GROUP
-from bnncc.targets.byte_counts import use_byte_counts
 from bnncc.targets.descriptor import TargetSpec
 from bnncc.targets.intrinsics import MIN_LANES, Dot, use_dot
 
@@ -42,6 +41,7 @@ from .base import (
     partition,
     unroll,
 )
+from .byte_counts import use_byte_counts
 from .nests import schedule_rest
 from .pack import Masks, block_lanes, in_order, schedule_bits
 from .permute import square
@@ -182,6 +182,8 @@ class TiledAnchor(Rule):
     total_role: ClassVar[str | None] = None
     #: Of the anchor's axes, where there is such a stage.
     lane_axis: ClassVar[int] = 5
+    #: Whether the anchor's sums are of the bytes of words, which that stage adds up.
+    in_bytes: ClassVar[bool] = False
 
     @property
     def scalar(self) -> bool:
@@ -191,10 +193,6 @@ class TiledAnchor(Rule):
     def accumulators(self, dtype_bits: int, lanes: int) -> int:
         """How many accumulators of `lanes` lanes the registers hold beside the inner loop's temporaries."""
         raise NotImplementedError
-
-    def counts_bytes(self, total: SBlock) -> bool:
-        """Whether the anchor's sums are of the bytes of words, added up by `total`."""
-        return False
 
     def dot(self, anchor: SBlock) -> Dot | None:
         """The instructions that compute the lanes and the last axis of the reduction; None: a vectorised loop."""
@@ -215,16 +213,15 @@ class TiledAnchor(Rule):
         shape = anchor_shape(stages, last, main, anchors[0])
         fused = fused_pack(stages, main, shape, self.target)
         nest = TileNest(self, stages, shape, main, fused, last)
-        in_bytes = self.counts_bytes(sch.get(last))
         parts = accumulate(
-            sch, last, nest.run(), scalar=self.scalar, dot=self.dot(sch.get(last)), vectorized=not in_bytes
+            sch, last, nest.run(), scalar=self.scalar, dot=self.dot(sch.get(last)), vectorized=not self.in_bytes
         )
         if totals:
-            accumulate(sch, anchors[0], parts, lane_axis=self.lane_axis, vectorized=not in_bytes)
+            accumulate(sch, anchors[0], parts, lane_axis=self.lane_axis, vectorized=not self.in_bytes)
         nest.finish()
         done = {stages.name(b) for b in (*anchors, *totals, main, *nest.behind) if b in stages.blocks}
         schedule_rest(stages, self.target, done)
-        if in_bytes:
+        if self.in_bytes:
             use_byte_counts(sch, anchors[0], last)
         return sch
 

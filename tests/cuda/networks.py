@@ -12,10 +12,10 @@ from torch import nn
 from tvm.ir import IRModule
 
 from bnncc.compiler import import_model
-from bnncc.dialect.plan import QuantizedLayer
+from bnncc.dialect.plan import Plan, QuantizedLayer
 from bnncc.passes import pipeline
 from bnncc.targets.cuda import emit
-from bnncc.targets.cuda.descriptor import CUDA_TARGETS
+from bnncc.targets.cuda.descriptor import CUDA_TARGETS, CudaSpec
 from bnncc.targets.launch import DeviceCode
 
 _ALIGNMENT = 256
@@ -26,21 +26,26 @@ def lowered(
 ) -> tuple[Any, Any, emit.Lowered]:
     """The plan of a network, the launches of its steps and their CUDA C. quantized: layers of an opt-in."""
     spec = CUDA_TARGETS[target]
-    mod = pipeline.run(import_model(model, tuple(inputs)).mod, spec, quantized=quantized)
-    kernels = {gvar.name_hint: func for gvar, func in mod.functions_items() if gvar.name_hint != "main"}
-    code = emit.lower(emit.schedule(IRModule(kernels), spec), spec)
-    return *emit.place(pipeline.plan_memory(mod, "model"), code), code
+    kernels, plan = _planned(model, inputs, spec, quantized)
+    code = emit.lower(emit.schedule(kernels, spec), spec)
+    return *emit.place(plan, code), code
 
 
 def compiled(model: nn.Module, inputs: Sequence[torch.Tensor], target: str) -> tuple[DeviceCode, str]:
     """The device code of a network, and its CUDA C."""
     spec = CUDA_TARGETS[target]
     texts: dict[str, str] = {}
-    mod = pipeline.run(import_model(model, tuple(inputs)).mod, spec)
-    kernels = {gvar.name_hint: func for gvar, func in mod.functions_items() if gvar.name_hint != "main"}
-    plan = pipeline.plan_memory(mod, "model")
-    _, code = emit.compile_kernels(IRModule(kernels), plan, spec, dump=texts.__setitem__)
+    _, code = emit.compile_kernels(*_planned(model, inputs, spec), spec, dump=texts.__setitem__)
     return code, texts["kernels.cu"]
+
+
+def _planned(
+    model: nn.Module, inputs: Sequence[torch.Tensor], spec: CudaSpec, quantized: Sequence[QuantizedLayer] = ()
+) -> tuple[IRModule, Plan]:
+    """The kernels of a network before they are scheduled, and its plan."""
+    mod = pipeline.run(import_model(model, tuple(inputs)).mod, spec, quantized=quantized)
+    kernels = {gvar.name_hint: func for gvar, func in mod.functions_items() if gvar.name_hint != "main"}
+    return IRModule(kernels), pipeline.plan_memory(mod, "model")
 
 
 def run(

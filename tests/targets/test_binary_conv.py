@@ -10,7 +10,7 @@ import pytest
 from bnncc.dialect import computes, computes_float, reference
 from bnncc.runtime.bits import BitLayout
 from bnncc.targets import emit
-from bnncc.targets.descriptor import TargetSpec
+from bnncc.targets.descriptor import TargetSpec, get_target
 
 from .kernels import Kernel
 
@@ -96,6 +96,19 @@ def test_bits_added_up_before_they_are_counted(target: TargetSpec, channels: int
     """Windows of fewer, as many and more words than carry-save adders, and than bytes, take at once."""
     x, w = _signs(1, 12, 9, channels), _signs(24, channels, *kernel)
     _check_conv(target, x, w, (1, 2), (1, 1), 1, counting=_added_up(target))
+
+
+def test_avx2_counts_in_bytes() -> None:
+    """Of other instructions than LLVM's own: else the layers would be right, but slower."""
+    target = get_target("x86-64-v3")
+    words, packed = _operands(target, _signs(1, 6, 9, 64), _signs(20, 64, 3, 3), 1)
+    kernel = Kernel(
+        target,
+        lambda a, b: computes.binary_conv2d(a, b, depth=576, out_channels=20, counting=target.counting),
+        words,
+        packed,
+    )
+    assert 'T.popcount(T.reinterpret("uint8x32"' in kernel.scheduled["kernel"].script()
 
 
 def test_a_last_chunk_of_fewer_words(target: TargetSpec) -> None:

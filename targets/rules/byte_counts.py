@@ -17,22 +17,21 @@ from tvm.ir import TensorLoad
 from tvm.s_tir import SBlock, Schedule
 from tvm.s_tir.schedule import SBlockRV
 
-from .intrinsics import llvm_pure, ramp, replace_body, vector
+from bnncc.targets.intrinsics import llvm_pure, ramp, replace_body, vector
+
+from .base import dtype_bits, extent
+from .written import placed
 
 #: VPSADBW by the bits of its vector: sums of the eight bytes of each word of 64 bits.
 _SUMS_OF_BYTES = {128: "llvm.x86.sse2.psad.bw", 256: "llvm.x86.avx2.psad.bw"}
 
 
-def fits(lanes: int, dtype: str) -> bool:
-    """Whether there are instructions for vectors of that many words."""
-    return dtype == "uint64" and 64 * lanes in _SUMS_OF_BYTES
-
-
 def use_byte_counts(sch: Schedule, counted: SBlockRV, total: SBlockRV) -> None:
-    """Puts vectors of bytes in the place of the innermost loops around both, which are over lanes; vectorises the loops
-    where fewer lanes are computed than instructions have."""
+    """Puts vectors of bytes in the place of the innermost loops around both, which are over lanes. Vectorises the loops
+    where there are no instructions for as many words, or for words of as many bits."""
     loops = [sch.get_loops(block)[-1] for block in (counted, total)]
-    if all(64 * int(sch.get(loop).extent) in _SUMS_OF_BYTES for loop in loops):
+    bits = dtype_bits(sch.get(total).writes[0].source.dtype)
+    if bits == 64 and all(bits * extent(sch, loop) in _SUMS_OF_BYTES for loop in loops):
         _count_bytes(sch, counted)
         _add_bytes(sch, total)
     else:
@@ -47,8 +46,7 @@ def _count_bytes(sch: Schedule, update: SBlockRV) -> None:
     realize = block.body.body
     inner = realize.block
     bound = dict(zip((iv.var for iv in inner.iter_vars), realize.iter_values, strict=True))
-    words = tvm_ffi.structural_map(inner.body.value.b, (tirx.Var, lambda var: bound.get(var, var)))
-    counts = _Lanes(block.body.loop_var, lanes).counts(words)
+    counts = _Lanes(block.body.loop_var, lanes).counts(placed(inner.body.value.b, bound))
     before = tirx.reinterpret(f"uint8x{8 * lanes}", vector(sums, lanes))
     value = tirx.reinterpret(f"uint64x{lanes}", before + counts)
     replace_body(sch, update, block, tirx.BufferStore(sums.source, value, ramp(sums, lanes)))
@@ -69,7 +67,7 @@ def _add_bytes(sch: Schedule, update: SBlockRV) -> None:
 def _lanes_of(sch: Schedule, update: SBlockRV) -> tuple[SBlock, int]:
     """The block of the innermost loop around `update`, and how often that runs."""
     loop = sch.get_loops(update)[-1]
-    lanes = int(sch.get(loop).extent)
+    lanes = extent(sch, loop)
     return sch.get(sch.blockize(loop)), lanes
 
 
@@ -91,9 +89,7 @@ class _Lanes:
         if not isinstance(value, TensorLoad):
             return self._words(value.a) ^ self._words(value.b)
         *outer, last = value.indices
-        first = tvm_ffi.structural_map(
-            last, (tirx.Var, lambda var: tirx.const(0, "int32") if var.same_as(self._lane) else var)
-        )
+        first = placed(last, {self._lane: tirx.const(0, "int32")})
         if tvm_ffi.structural_equal(first, last):
             return tirx.Broadcast(value, self._lanes)
         return tirx.BufferLoad(value.source, [*outer, tirx.Ramp(first, 1, self._lanes)])
