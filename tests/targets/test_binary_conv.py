@@ -116,9 +116,11 @@ def test_a_last_chunk_of_fewer_words(target: TargetSpec) -> None:
     _check_conv(target, x, w, (1, 1), (1, 1), 1, counting=_added_up(target))
 
 
+@pytest.mark.parametrize(("channels", "size"), [(576, 3), (36 * 64, 1)])
 @pytest.mark.parametrize("agree", [0, 1])
-def test_carries_of_words_that_are_all_ones(target: TargetSpec, agree: int) -> None:
-    x, w = np.ones((1, 5, 6, 576), np.int8), np.full((16, 576, 3, 3), 2 * agree - 1, np.int8)
+def test_carries_of_words_that_are_all_ones(target: TargetSpec, agree: int, channels: int, size: int) -> None:
+    """Words of which a byte could hold the counts of all but a few, too."""
+    x, w = np.ones((1, 5, 6, channels), np.int8), np.full((16, channels, size, size), 2 * agree - 1, np.int8)
     _check_conv(target, x, w, (1, 1), (1, 1), 1, counting=_added_up(target))
 
 
