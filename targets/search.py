@@ -26,7 +26,7 @@ from bnncc.runtime.errors import BnnccError
 from . import emit, mca
 from .descriptor import AnyTarget, TargetSpec
 from .rules.candidates import candidates
-from .rules.register_tile import Tile, TileRequest, Tiles, default_tile
+from .rules.tiles import Tile, TileRequest, Tiles, default_tile
 from .tuning import Database, Record, kernel_key
 
 logger = logging.getLogger(__name__)

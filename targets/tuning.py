@@ -22,7 +22,7 @@ from bnncc.runtime.errors import BnnccError
 from bnncc.targets.descriptor import AnyTarget
 
 from .rules.candidates import is_legal
-from .rules.register_tile import Tile, TileRequest
+from .rules.tiles import Tile, TileRequest
 
 _FORMAT = 1
 _UNITS = ("seconds", "cycles")

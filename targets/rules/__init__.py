@@ -14,9 +14,10 @@ from .nests import LoopNests
 from .permute import Permute
 from .permute_pad import PermutePad
 from .planar import Planar
-from .register_tile import TiledAnchor, Tiles, default_tile
+from .register_tile import TiledAnchor
 from .run_sums import RunSums
 from .softmax import Softmax
+from .tiles import Tiles, default_tile
 
 _TILED: tuple[type[TiledAnchor], ...] = (
     BinaryConv, LaneConv, BinaryConvBytes, BinaryConvWordBytes, ByteConv, Conv, Dense,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .register_tile import Tile, TileRequest, tile_cost
+from .tiles import Tile, TileRequest, tile_cost
 
 #: Registers beyond those that the rules give to sums: some temporaries are shorter-lived than the rules assume.
 _SPARE = 3

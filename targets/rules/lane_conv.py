@@ -31,7 +31,8 @@ from bnncc.targets.intrinsics import replace_body, vpadd
 from .base import REDUCED, SPATIAL, Stages, last_common, unroll
 from .lane_steps import use_assembler
 from .nests import schedule_rest
-from .register_tile import Shape, Tile, TiledAnchor, TileNest, TileRequest, anchor_shape, fused_pack, row_pixels
+from .register_tile import TiledAnchor, TileNest, anchor_shape, fused_pack
+from .tiles import Shape, Tile, TileRequest, row_pixels
 
 
 class LaneConv(TiledAnchor):

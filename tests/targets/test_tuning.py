@@ -19,7 +19,7 @@ from bnncc.runtime.errors import BnnccError
 from bnncc.targets import emit, mca, search, tuning
 from bnncc.targets.descriptor import get_target, native
 from bnncc.targets.rules.candidates import candidates, is_legal
-from bnncc.targets.rules.register_tile import Shape, Tile, TileRequest, choose_tile
+from bnncc.targets.rules.tiles import Shape, Tile, TileRequest, choose_tile
 
 from .kernels import Kernel, aligned
 
