@@ -15,17 +15,14 @@ for is an error.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import tvm
-from tvm import relax, te
+import tvm_ffi
+from tvm import relax, te, tirx
 from tvm.ir import GenericConst, IRModule
 
 from bnncc.dialect.kernels import ELEMENTWISE, is_anchor, is_exact, literal, lower
@@ -404,23 +401,10 @@ def has_kernel(call: relax.Call) -> bool:
 
 
 def _unaligned(function: Any, positions: list[int]) -> Any:
-    """The function with buffers that may lie anywhere at these positions of its parameters.
-
-    TVM assumes 64 bytes and offers no way to change a buffer of a TE function but its text.
-    """
-    return _declared_unaligned(function.script(), tuple(positions)) if positions else function
-
-
-@functools.lru_cache(maxsize=256)  # parsing costs as much as compiling, and equal kernels are frequent
-def _declared_unaligned(script: str, positions: tuple[int, ...]) -> Any:
-    head, signature, body = script.partition(next(x for x in script.splitlines() if "def " in x))
-    seen = itertools.count()
-    declared = re.sub(
-        r'(T\.Buffer\([^"]*"\w+")(\))',
-        lambda m: m[1] + (", align=4" if next(seen) in positions else "") + m[2],
-        signature,
-    )
-    return tvm.script.from_source(head + declared + body)
+    """The function with buffers that may lie anywhere at these positions of its parameters; TVM assumes 64 bytes."""
+    params = [function.params[i] for i in positions]
+    anywhere = {p: tirx.decl_buffer(p.shape, str(p.dtype), str(p.name), data_alignment=4) for p in params}
+    return tvm_ffi.structural_map(function, (tirx.Var, lambda var: anywhere.get(var, var)))
 
 
 def _channel_vector(array: np.ndarray) -> np.ndarray:
