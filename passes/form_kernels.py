@@ -403,7 +403,7 @@ def has_kernel(call: relax.Call) -> bool:
 def _unaligned(function: Any, positions: list[int]) -> Any:
     """The function with buffers that may lie anywhere at these positions of its parameters; TVM assumes 64 bytes."""
     params = [function.params[i] for i in positions]
-    anywhere = {p: tirx.decl_buffer(p.shape, str(p.dtype), str(p.name), data_alignment=4) for p in params}
+    anywhere = {p: tirx.decl_buffer(p.shape, str(p.dtype), str(p.name), data_alignment=4, layout=None) for p in params}
     return tvm_ffi.structural_map(function, (tirx.Var, lambda var: anywhere.get(var, var)))
 
 
