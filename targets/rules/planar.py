@@ -3,18 +3,19 @@
     for each plane, and each of its parts that fits the first-level cache, parallel:
         frame[row, :] = padding | x[row, :] | padding          so that no window asks where it is; with stride 2,
                                                             even pixels apart from odd ones
-        for each tile of rows and vector of pixels:
-            acc = op(acc, frame[row + ky, pixel + kx])          unrolled
-            epilogue                                            on the accumulator, still in a register
+        for each tile of rows and vectors of pixels:
+            for each row and place of it that the tile's windows read:          unrolled
+                acc = op(acc, frame[row, pixel + kx])           of all windows of the tile that this lies in
+            epilogue                                            on the accumulators, still in registers
 
-The sum of a window is in the order of its rows, as where lanes are channels. What a row has beyond whole vectors is
-computed as one, and stored in parts.
+The sum of a window is in the order of its rows, as where lanes are channels. The last vector of a row begins early
+rather than to reach over the end; rows shorter than a vector are computed as one, and stored in parts.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tvm_ffi
@@ -32,8 +33,12 @@ from .written import over, parts, store, substituted
 
 #: Bytes of the part of a plane that is framed at once.
 _FRAME = 16 << 10
-#: Rows of a tile, which share the rows that their windows read; and operations of a tile, which are written out.
-_ROWS, _WRITTEN = 8, 256
+#: Rows of a tile, the best first: they share the rows that their windows read, and their sums lie in registers.
+_ROWS = (4, 5, 6, 7, 3, 2, 1)
+#: Vectors of a row of a tile, which share each weight; and operations of a tile, which are written out.
+_VECTORS, _WRITTEN = 2, 512
+#: Lanes of a vector at the end of a row, at least.
+_FEWEST = 4
 
 _KINDS: dict[str, Callable[[Any, Any, Any], Any]] = {
     "planar.max": lambda acc, value, _: larger(acc, value),
@@ -78,8 +83,12 @@ class _Kernel:
         self.after = max(0, last - self.before - self.width)
         filled = -(-max(last, self.before + self.width) // of.stride_x)
         self.pitch = filled + 2 * self.lanes  # a vector may end, and the padding begin, beyond it
-        rows = max(1, min(_ROWS, _WRITTEN // of.area))
-        self.tile = max(d for d in range(1, rows + 1) if self.out_height % d == 0)
+        vectors = min(_VECTORS, -(-self.out_width // self.lanes))
+        self.tile = next(
+            rows
+            for rows in _ROWS
+            if self.out_height % rows == 0 and (rows == 1 or rows * vectors * of.area <= _WRITTEN)
+        )
         tiles = self.out_height // self.tile
         self.part = self.tile * max(
             d for d in range(1, tiles + 1) if tiles % d == 0 and (d == 1 or self._frame_bytes(d) <= _FRAME)
@@ -158,34 +167,45 @@ class _Kernel:
 
     def _tile_row(self, first: Any, y: Any) -> None:
         """The results of a tile's rows, y rows into the frame's part, which begins with row `first` of the result."""
-        if whole := self.out_width // self.lanes:
+        wide = self.lanes * _VECTORS
+        if whole := self.out_width // wide:
             with T.serial(0, whole) as v:
-                self._tile(first, y, v * self.lanes, self.lanes)
-        if self.out_width % self.lanes:
-            self._tile(first, y, whole * self.lanes, self.out_width % self.lanes)
+                self._tile(first, y, v * wide, [(i * self.lanes, self.lanes) for i in range(_VECTORS)])
+        if rest := list(self._vectors(whole * wide)):
+            self._tile(first, y, 0, rest)
 
-    def _tile(self, first: Any, y: Any, x: Any, count: int) -> None:
-        sums = T.alloc_buffer((self.tile, self.lanes), "float32", scope="local")
+    def _vectors(self, start: int) -> Iterator[tuple[int, int]]:
+        """(pixel, lanes) of vectors from `start` to the end of a row.
+
+        The last begins early rather than to reach over the end, and computes some results again.
+        """
+        for at in range(start, self.out_width, self.lanes):
+            lanes = min(self.lanes, max(_FEWEST, 1 << (self.out_width - at - 1).bit_length()))
+            yield max(0, min(at, self.out_width - lanes)), lanes
+
+    def _tile(self, first: Any, y: Any, x: Any, vectors: Sequence[tuple[int, int]]) -> None:
+        """Some vectors, at (pixel behind x, lanes), of each of a tile's rows."""
+        sums = [T.alloc_buffer((self.tile, lanes), "float32", scope="local") for _, lanes in vectors]
+        self._sum(sums, y, [(x + at, lanes) for at, lanes in vectors])
         target = (self.main or self.window).writes[0].source
-        # What follows a window and reads nothing else may as well be computed beyond the end of a row.
+        # What follows a window and reads nothing else may as well be computed beyond the end of a short row.
         alone = self.main is not None and len(self.main.reads) == 1
-        for row in range(self.tile):
+        for row, (of, (start, lanes)) in itertools.product(range(self.tile), zip(sums, vectors, strict=True)):
             at = (*self.plane, first + y + row)
 
-            def result(lane: Any, row: int = row, at: Any = at) -> Any:
-                return self._result(sums[row, lane], (*at, x + lane))
+            def kept(lane: Any, row: int = row, of: Any = of) -> Any:
+                return of[row, lane]
 
-            def kept(lane: Any, row: int = row) -> Any:
-                return sums[row, lane]
+            def result(lane: Any, at: Any = at, start: int = start, kept: Any = kept) -> Any:
+                return self._result(kept(lane), (*at, x + start + lane))
 
-            def place(lane: Any, at: Any = at) -> list[Any]:
-                return [*at, x + lane]
+            def place(lane: Any, at: Any = at, start: int = start) -> list[Any]:
+                return [*at, x + start + lane]
 
-            self._sum(sums, row, y + row, x)
             if alone:
-                store(sums, result, lambda lane, row=row: [row, lane], 0, self.lanes)  # type: ignore[misc]
-            for start, size in parts(count, self.lanes):
-                store(target, kept if alone else result, place, start, size)
+                store(of, result, lambda lane, row=row: [row, lane], 0, lanes)  # type: ignore[misc]
+            for begin, size in parts(min(lanes, self.out_width), lanes):
+                store(target, kept if alone else result, place, begin, size)
 
     def _result(self, value: Any, at: tuple[Any, ...]) -> Any:
         """What becomes of a window's value."""
@@ -195,19 +215,31 @@ class _Kernel:
         expr = substituted(self.main.body.value, self.main, at)
         return tvm_ffi.structural_map(expr, (TensorLoad, lambda load: value if load.source.same_as(windows) else load))
 
-    def _sum(self, sums: Any, slot: int, y: Any, x: Any) -> None:
-        """One vector of windows, from pixel x of row y on, step by step in sums[slot]."""
-        of, at = self.of, [slot, tirx.Ramp(0, 1, self.lanes)]
+    def _sum(self, sums: Sequence[Any], y: Any, vectors: Sequence[tuple[Any, int]]) -> None:
+        """The windows of a tile's rows at vectors of pixels, step by step in `sums`.
+
+        What windows of several rows read is used by all of them at once: it would not stay in a register until the
+        next row begins. Each adds in the order of its own rows nonetheless.
+        """
+        of = self.of
         if self.kind != "planar.max":  # a maximum begins with the first value
-            T.buffer_store(sums, tirx.Broadcast(tirx.const(0.0, "float32"), self.lanes), at)
-        for i, j in itertools.product(range(of.height), range(of.width)):
+            for row, (into, (_, lanes)) in itertools.product(range(self.tile), zip(sums, vectors, strict=True)):
+                nothing = tirx.Broadcast(tirx.const(0.0, "float32"), lanes)
+                T.buffer_store(into, nothing, [row, tirx.Ramp(0, 1, lanes)])
+        for read, j in itertools.product(range(self._framed(self.tile)), range(of.width)):
             start = self.before - of.left + j * of.dilation_x
-            pixels = tirx.Ramp(start // of.stride_x + x, 1, self.lanes)
-            value = self.frame[y * of.stride_y + i * of.dilation_y, start % of.stride_x, pixels]
-            if self.kind == "planar.max" and i == j == 0:
-                T.buffer_store(sums, value, at)
-                continue
-            weight = None
-            if self.kind == "planar.products":
-                weight = tirx.Broadcast(self.window.reads[1].source[self.plane[1], i, j], self.lanes)
-            T.buffer_store(sums, _KINDS[self.kind](sums[tuple(at)], value, weight), at)
+            for row in range(self.tile):
+                i, between = divmod(read - row * of.stride_y, of.dilation_y)
+                if between or not 0 <= i < of.height:
+                    continue
+                for into, (x, lanes) in zip(sums, vectors, strict=True):
+                    pixels = tirx.Ramp(start // of.stride_x + x, 1, lanes)
+                    value = self.frame[y * of.stride_y + read, start % of.stride_x, pixels]
+                    at = [row, tirx.Ramp(0, 1, lanes)]
+                    if self.kind == "planar.max" and i == j == 0:
+                        T.buffer_store(into, value, at)
+                        continue
+                    weight = None
+                    if self.kind == "planar.products":
+                        weight = tirx.Broadcast(self.window.reads[1].source[self.plane[1], i, j], lanes)
+                    T.buffer_store(into, _KINDS[self.kind](into[tuple(at)], value, weight), at)

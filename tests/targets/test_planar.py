@@ -24,6 +24,8 @@ WINDOWS = [
     ((40, 112), (3, 3), (2, 2), (1, 1), (1, 1, 1, 1), False), ((70, 70), (3, 3), (1, 1), (1, 1), (1, 1, 1, 1), False),
     ((3, 20), (3, 1), (1, 1), (1, 1), (0, 0, 0, 0), False), ((4, 1), (1, 1), (1, 1), (1, 1), (0, 0, 0, 0), False),
     ((8, 14), (8, 8), (2, 2), (1, 1), (3, 4, 3, 4), False), ((11, 23), (3, 3), (3, 2), (1, 1), (1, 1, 1, 1), True),
+    ((14, 14), (7, 7), (1, 1), (1, 1), (3, 3, 3, 3), False), ((13, 45), (5, 5), (2, 2), (1, 1), (2, 2, 2, 2), False),
+    ((12, 57), (7, 7), (2, 2), (1, 1), (3, 3, 3, 3), False), ((10, 50), (5, 5), (1, 1), (2, 2), (4, 4, 4, 4), False),
 ]  # fmt: skip
 
 
@@ -78,6 +80,17 @@ def test_the_bits_of_the_kernels_on_nhwc(target, image, window, strides, dilatio
     if dilation == (1, 1):
         both("avg_pool2d", ceil_mode=ceil_mode, count_include_pad=False)
         both("avg_pool2d", ceil_mode=ceil_mode, count_include_pad=True)
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 9, 15, 17, 24, 29, 33, 40, 63])
+@pytest.mark.parametrize("height", [1, 5, 7, 11, 24])
+def test_every_end_of_a_row(target: TargetSpec, width: int, height: int) -> None:
+    """Vectors that begin early, of fewer lanes, and in parts, in tiles of any number of rows: one channel, a batch."""
+    x, w = rng.integers(-4, 5, (3, 1, height, width)).astype(np.float32), rng.integers(-4, 5, (1, 5, 5))
+    w = w.astype(np.float32)
+    actual = _run(target, lambda x, w: computes_planar.depthwise_conv2d(x, w, padding=(2, 2, 2, 2)), x, w)
+    expected = torch.nn.functional.conv2d(torch.from_numpy(x), torch.from_numpy(w)[:, None], padding=2)
+    np.testing.assert_array_equal(actual, expected.numpy())
 
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
