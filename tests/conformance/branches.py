@@ -38,6 +38,17 @@ TARGETS = [
     for target, device in DEVICES.items()
 ]
 
+_SHORT = [target for target in DEVICES if target not in _LONG]
+
+#: What `make test` runs of a large grid: a target, and which of the cases it takes, so that each is run on one of them.
+#: `make conformance` runs all on all.
+SHARES = [
+    pytest.param(
+        target, slice(first, None, len(_SHORT)), marks=[pytest.mark.qemu] * (DEVICES[target] == "qemu"), id=target
+    )
+    for first, target in enumerate(_SHORT)
+]
+
 
 @dataclass(frozen=True)
 class Case:

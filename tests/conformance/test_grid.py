@@ -1,7 +1,8 @@
 """Binary convolutions of every shape and surrounding in the grid of `points`, bit for bit against eager PyTorch.
 
-`make test` runs a pairwise design of each grid. `make conformance` draws 3,000 points of all of them; the seed is
-printed, `make conformance SEED=n` repeats it, and POINTS=n draws more or fewer.
+`make test` runs a pairwise design of each grid, each point on one of three targets; `make conformance` runs it on all
+of them, and draws 3,000 points of all grids: the seed is printed, `make conformance SEED=n` repeats it, and POINTS=n
+draws more or fewer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .branches import QUANTIZERS, TARGETS, BitReader, Case, awkward, batch_norm, check, chunks, signs
+from .branches import QUANTIZERS, SHARES, TARGETS, BitReader, Case, awkward, batch_norm, check, chunks, signs
 from .points import GRIDS, PAD_VALUES, Point, draw, pairwise
 
 # Points to a module: enough that what a module costs by itself is small, few enough that it fits in the memory of two.
@@ -49,21 +50,27 @@ def case(point: Point) -> Case:
     return Case(repr(point), _Convolution(point, generator), awkward((n, c, h, w), generator))
 
 
-_PAIRWISE = {
-    f"{name}-{index}": part
-    for name, grid in GRIDS.items()
-    for index, part in enumerate(chunks(pairwise(grid), _MODULE))
+_PAIRWISE = {name: pairwise(grid) for name, grid in GRIDS.items()}
+_PARTS = {
+    f"{name}-{index}": part for name, points in _PAIRWISE.items() for index, part in enumerate(chunks(points, _MODULE))
 }
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("target", "share"), SHARES)
 @pytest.mark.parametrize("points", _PAIRWISE.values(), ids=_PAIRWISE.keys())
-def test_every_pair_of_values(points, target, tmp_path):
+def test_each_pair_of_values_on_one_target(points, target, share, tmp_path):
+    check([case(point) for point in points[share]], target, tmp_path)
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("points", _PARTS.values(), ids=_PARTS.keys())
+def test_every_pair_of_values_on_every_target(points, target, tmp_path):
     check([case(point) for point in points], target, tmp_path)
 
 
 # One point of 8, so that all kinds of kernels run; `make conformance` runs all of them.
-_SPARSE = [point for grid in GRIDS.values() for point in pairwise(grid)][::8]
+_SPARSE = [point for points in _PAIRWISE.values() for point in points][::8]
 
 
 @pytest.mark.qemu

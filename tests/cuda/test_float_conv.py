@@ -126,10 +126,9 @@ def function(compute: Callable[..., Any], arrays: Sequence[np.ndarray]) -> Any:
     return te.create_prim_func([*tensors, *(results if isinstance(results, tuple) else [results])])
 
 
-@pytest.mark.parametrize("target", ["cuda-sm_75", "cuda-sm_90"])
-def test_sums(target: str) -> None:
+def _check_sums(target: str, share: slice) -> None:
     rng = np.random.default_rng(0)
-    layers = [(layer, *layer.inputs(rng)) for layer in (*CONVS, *DENSES)]
+    layers = [(layer, *layer.inputs(rng)) for layer in (*CONVS, *DENSES)[share]]
     functions = {f"k{i}": function(a.compute, (x, a.laid_out(w))) for i, (a, x, w) in enumerate(layers)}
     emulated = Emulated(tvm.IRModule(functions), CUDA_TARGETS[target])
     for i, (layer, x, w) in enumerate(layers):
@@ -138,6 +137,17 @@ def test_sums(target: str) -> None:
         (got,) = emulated(f"k{i}", x, layer.laid_out(w))
         error = np.abs(got - layer.exact(x, w))
         assert (error <= bound(layer.exact(np.abs(x), np.abs(w)), layer.terms)).all(), (layer, error.max())
+
+
+@pytest.mark.parametrize(("target", "first"), [("cuda-sm_75", 0), ("cuda-sm_90", 1)])
+def test_sums_of_each_layer_on_one_target(target: str, first: int) -> None:
+    _check_sums(target, slice(first, None, 2))
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("target", ["cuda-sm_75", "cuda-sm_90"])
+def test_sums_of_every_layer(target: str) -> None:
+    _check_sums(target, slice(None))
 
 
 def rounded(values: np.ndarray, form: str) -> np.ndarray:
