@@ -29,24 +29,24 @@ DEVICES: Mapping[str, str] = {
 #: Of these `make test` runs parts of the grid only: the former two are among the versions of `tests/test_versions.py`.
 _LONG = ("x86-64-v4", "x86-64-v2", "rpi2")
 
-TARGETS = [
-    pytest.param(
-        target,
-        marks=[pytest.mark.qemu] * (device == "qemu") + [pytest.mark.conformance] * (target in _LONG),
-        id=target,
-    )
-    for target, device in DEVICES.items()
-]
-
+#: The others: `make test` runs all that has no share on each of them.
 _SHORT = [target for target in DEVICES if target not in _LONG]
 
-#: What `make test` runs of a large grid: a target, and which of the cases it takes, so that each is run on one of them.
-#: `make conformance` runs all on all.
-SHARES = [
-    pytest.param(
-        target, slice(first, None, len(_SHORT)), marks=[pytest.mark.qemu] * (DEVICES[target] == "qemu"), id=target
-    )
-    for first, target in enumerate(_SHORT)
+
+def _marks(target: str) -> list[Any]:
+    return [pytest.mark.qemu] if DEVICES[target] == "qemu" else []
+
+
+TARGETS = [
+    pytest.param(target, marks=_marks(target) + [pytest.mark.conformance] * (target in _LONG), id=target)
+    for target in DEVICES
+]
+
+#: (target, its share of a grid's cases): in `make test` each case on one of three targets, in `make conformance` all on
+#: all.
+RUNS = [
+    *(pytest.param(t, slice(i, None, len(_SHORT)), marks=_marks(t), id=f"{t}-share") for i, t in enumerate(_SHORT)),
+    *(pytest.param(t, slice(None), marks=[*_marks(t), pytest.mark.conformance], id=t) for t in DEVICES),
 ]
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import bnncc
 
-from .branches import TARGETS, BitReader, Case, awkward, check, run, sign, signs
+from .branches import RUNS, BitReader, Case, awkward, check, run, sign, signs
 
 _EPSILON = 2.0**-24  # half a unit in the last place of 1.0
 
@@ -66,21 +66,21 @@ def _packed(case: Case) -> Case:
     return Case(f"{case.name}, packed", nn.Sequential(case.module, image, BitReader(outputs)), case.input)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_bias_added_by_its_own_operation_is_bit_equal(target, tmp_path):
-    cases = _layers(integer=False, inside=False)
+@pytest.mark.parametrize(("target", "share"), RUNS)
+def test_bias_added_by_its_own_operation_is_bit_equal(target, share, tmp_path):
+    cases = _layers(integer=False, inside=False)[share]
     check([*cases, *map(_packed, cases)], target, tmp_path)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_integer_bias_is_bit_equal(target, tmp_path):
-    cases = _layers(integer=True, inside=True)
+@pytest.mark.parametrize(("target", "share"), RUNS)
+def test_integer_bias_is_bit_equal(target, share, tmp_path):
+    cases = _layers(integer=True, inside=True)[share]
     check([*cases, *map(_packed, cases)], target, tmp_path)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_bias_inside_the_operator_is_rounded_once(target, tmp_path):
-    cases = _layers(integer=False, inside=True)
+@pytest.mark.parametrize(("target", "share"), RUNS)
+def test_bias_inside_the_operator_is_rounded_once(target, share, tmp_path):
+    cases = _layers(integer=False, inside=True)[share]
     outputs = run(cases, target, tmp_path)
     for case, actual in zip(cases, outputs, strict=True):
         case.module.inside = False

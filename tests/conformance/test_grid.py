@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .branches import QUANTIZERS, SHARES, TARGETS, BitReader, Case, awkward, batch_norm, check, chunks, signs
+from .branches import QUANTIZERS, RUNS, TARGETS, BitReader, Case, awkward, batch_norm, check, chunks, signs
 from .points import GRIDS, PAD_VALUES, Point, draw, pairwise
 
 # Points to a module: enough that what a module costs by itself is small, few enough that it fits in the memory of two.
@@ -51,22 +51,15 @@ def case(point: Point) -> Case:
 
 
 _PAIRWISE = {name: pairwise(grid) for name, grid in GRIDS.items()}
-_PARTS = {
-    f"{name}-{index}": part for name, points in _PAIRWISE.items() for index, part in enumerate(chunks(points, _MODULE))
-}
 
 
-@pytest.mark.parametrize(("target", "share"), SHARES)
+@pytest.mark.parametrize(("target", "share"), RUNS)
 @pytest.mark.parametrize("points", _PAIRWISE.values(), ids=_PAIRWISE.keys())
-def test_each_pair_of_values_on_one_target(points, target, share, tmp_path):
-    check([case(point) for point in points[share]], target, tmp_path)
-
-
-@pytest.mark.conformance
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("points", _PARTS.values(), ids=_PARTS.keys())
-def test_every_pair_of_values_on_every_target(points, target, tmp_path):
-    check([case(point) for point in points], target, tmp_path)
+def test_every_pair_of_values(points, target, share, tmp_path):
+    for index, part in enumerate(chunks(points[share], _MODULE)):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        check([case(point) for point in part], target, folder)
 
 
 # One point of 8, so that all kinds of kernels run; `make conformance` runs all of them.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .branches import TARGETS, Case, check
+from .branches import RUNS, Case, check
 from .pairwise import all_pairs
 
 AXES = {
@@ -69,9 +69,9 @@ def pairs(axes: Mapping[str, Sequence[Any]]) -> list[Case]:
     return [_case(", ".join(f"{axis} {value}" for axis, value in zip(axes, row, strict=True)), *row) for row in rows]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_bytes_are_exact(target, tmp_path):
-    check(pairs(AXES), target, tmp_path, kinds={"integer"})
+@pytest.mark.parametrize(("target", "share"), RUNS)
+def test_bytes_are_exact(target, share, tmp_path):
+    check(pairs(AXES)[share], target, tmp_path, kinds={"integer"})
 
 
 @pytest.mark.qemu

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from bnncc.runtime.container import read_manifest
 
-from .branches import TARGETS, BitReader, Case, batch_norm, chunks, differs, run, sign
+from .branches import RUNS, TARGETS, BitReader, Case, batch_norm, chunks, differs, run, sign
 from .pairwise import Row, all_pairs
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -158,19 +158,13 @@ def _width(row: Row) -> Case:
     return Case(name, Product(layer, activation, integers * w, Levels(lambda v: v, w)), x)
 
 
-# What is new on another target is how sums are made, which tests/targets hold; the design there is for `conformance`.
-_WITH_OTHERS_LATER = [
-    TARGETS[0], *(pytest.param(*t.values, marks=[*t.marks, pytest.mark.conformance], id=t.id) for t in TARGETS[1:])
-]  # fmt: skip
-
-
 def pairs_of_widths() -> list[Case]:
     return [_width(row) for row in all_pairs(_WIDTHS, lambda row: True)]
 
 
-@pytest.mark.parametrize("target", _WITH_OTHERS_LATER)
-def test_every_pair_of_widths_and_steps(target, tmp_path):
-    _check(pairs_of_widths(), target, tmp_path)
+@pytest.mark.parametrize(("target", "share"), RUNS)
+def test_every_pair_of_widths_and_steps(target, share, tmp_path):
+    _check(pairs_of_widths()[share], target, tmp_path)
 
 
 # All 512 combinations of widths, forms and steps; kinds of layers take turns.
@@ -269,9 +263,9 @@ def published() -> list[Case]:
     return [Case(name, Product("conv2d", a, weight, w), x) for name, (a, w) in pairs.items()]
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_published(target, tmp_path):
-    _check(published(), target, tmp_path)
+@pytest.mark.parametrize(("target", "share"), RUNS)
+def test_published(target, share, tmp_path):
+    _check(published()[share], target, tmp_path)
 
 
 class ReActNet(nn.Module):

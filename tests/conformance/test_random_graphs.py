@@ -110,7 +110,7 @@ def check_networks(count: int, first: int, target: str, device: str, folder: Pat
 
 
 def test_fixed_graphs(tmp_path):
-    check_networks(20, 0, "native", "local", tmp_path)
+    check_networks(10, 0, "native", "local", tmp_path)
 
 
 _SEED = int(os.environ.get("SEED", "0"))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .branches import QUANTIZERS, TARGETS, BitReader, Case, check, signs
+from .branches import QUANTIZERS, RUNS, BitReader, Case, check, signs
 
 _CHANNELS = 500
 
@@ -94,15 +94,15 @@ _KINDS = (
 _DEPTHS, _EPS = (3, 16, 64, 100, 576), (1e-5, 1e-3, 0.0)
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_ten_thousand_batch_norms(target, tmp_path):
+@pytest.mark.parametrize(("target", "share"), RUNS)
+def test_ten_thousand_batch_norms(target, share, tmp_path):
     quantizers = itertools.cycle(("sign", "heaviside"))
     cases = [
         swept("batch norm", depth, random_batch_norm(_CHANNELS, depth, eps, seed), next(quantizers), _CHANNELS, seed)
         for seed, (depth, eps) in enumerate(itertools.islice(itertools.cycle(itertools.product(_DEPTHS, _EPS)), 20))
     ]
     assert len(cases) * _CHANNELS == 10_000
-    check(cases, target, tmp_path)
+    check(cases[share], target, tmp_path)
 
 
 # -- chains ----------------------------------------------------------------------------------------------------------
@@ -143,11 +143,11 @@ def _chains(channels: int, depth: int, seed: int) -> dict[str, nn.Module]:
     }
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_chains_between_accumulator_and_sign(target, tmp_path):
+@pytest.mark.parametrize(("target", "share"), RUNS)
+def test_chains_between_accumulator_and_sign(target, share, tmp_path):
     cases = [
         swept(name, depth, chain, quantizer, channels, seed)
         for seed, (depth, channels, quantizer) in enumerate(((64, 100, "sign"), (9, 7, "heaviside")))
         for name, chain in _chains(channels, depth, seed).items()
     ]
-    check(cases, target, tmp_path)
+    check(cases[share], target, tmp_path)
