@@ -31,8 +31,9 @@ from bnncc.dialect.stages import WINDOW, Window
 from .base import TASK_WORK, Rule, Stages
 from .written import over, parts, store, substituted
 
-#: Bytes of the part of a plane that is framed at once.
-_FRAME = 16 << 10
+#: Bytes of the part of a plane that is framed at once, and its rows of results below which too much of it is still on
+#: its way to the cache when it is read.
+_FRAME, _PART = 16 << 10, 8
 #: Rows of a tile, the best first: they share the rows that their windows read, and their sums lie in registers.
 _ROWS = (4, 5, 6, 7, 3, 2, 1)
 #: Vectors of a row of a tile, which share each weight; and operations of a tile, which are written out.
@@ -84,21 +85,18 @@ class _Kernel:
         filled = -(-max(last, self.before + self.width) // of.stride_x)
         self.pitch = filled + 2 * self.lanes  # a vector may end, and the padding begin, beyond it
         vectors = min(_VECTORS, -(-self.out_width // self.lanes))
-        self.tile = next(
-            rows
-            for rows in _ROWS
-            if self.out_height % rows == 0 and (rows == 1 or rows * vectors * of.area <= _WRITTEN)
-        )
-        tiles = self.out_height // self.tile
-        self.part = self.tile * max(
-            d for d in range(1, tiles + 1) if tiles % d == 0 and (d == 1 or self._frame_bytes(d) <= _FRAME)
-        )
+        tiles = [rows for rows in _ROWS if self.out_height % rows == 0 and rows * vectors * of.area <= _WRITTEN] or [1]
+        self.tile = max(tiles, key=lambda rows: min(self._part(rows), _PART))
+        self.part = self._part(self.tile)
 
     def _framed(self, rows: int) -> int:
         return (rows - 1) * self.of.stride_y + (self.of.height - 1) * self.of.dilation_y + 1
 
-    def _frame_bytes(self, tiles: int) -> int:
-        return 4 * self.of.stride_x * self.pitch * self._framed(tiles * self.tile)
+    def _part(self, tile: int) -> int:
+        """Rows of the result that are computed from one frame, by tiles of so many."""
+        row = 4 * self.of.stride_x * self.pitch
+        whole = (rows for rows in range(tile, self.out_height + 1, tile) if self.out_height % rows == 0)
+        return max((rows for rows in whole if row * self._framed(rows) <= _FRAME), default=tile)
 
     def build(self) -> tirx.PrimFunc:
         parts = self.out_height // self.part
