@@ -4,6 +4,8 @@ for each row of the larger image, parallel:
     border: filled                              or, in a row of the image:
     for each square of channels and columns:    turned over inside vector registers
     left and right of them: filled
+
+Two or three channels make up no square: vectors of them are interleaved, which on ARM is one store.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from .permute import order_of, square, transposed
 from .written import over
 
 _TO_NHWC = [0, 2, 3, 1]
+#: Channels that are interleaved.
+_FEW = (2, 3)
 
 
 class PermutePad(Rule):
@@ -38,9 +42,10 @@ class PermutePad(Rule):
             return "no transposition of 32-bit elements to NHWC"
         channels, width = int(source.shape[1]), int(source.shape[3])
         size = square(self.target)
-        while size > 4 and min(channels, width) < size:
+        shortest = width if channels in _FEW else min(channels, width)
+        while size > 4 and shortest < size:
             size //= 2
-        if min(channels, width) < size:
+        if shortest < size:
             return f"shorter than a tile of {size}"
         return Schedule(_kernel(func, source, result, pad, size, self.target.float_lanes))
 
@@ -53,6 +58,10 @@ def _kernel(func: tirx.PrimFunc, source: Any, result: Any, pad: Any, size: int, 
 
     def start(tile: Any, extent: int) -> Any:
         return tile * size if extent % size == 0 else tirx.min(tile * size, extent - size)
+
+    turns = [c * size + i for i in range(size) for c in range(channels)]
+    vectors = -(-width // size)
+    together = next(count for count in (4, 2, 1) if vectors % count == 0)
 
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("main")
@@ -73,11 +82,19 @@ def _kernel(func: tirx.PrimFunc, source: Any, result: Any, pad: Any, size: int, 
             with T.If(tirx.all(y >= top, y < top + height)):
                 with T.Then():
                     fill(n, y, 0, left * channels)
-                    with T.serial(0, -(-channels // size)) as down, T.serial(0, -(-width // size)) as across:
-                        c, x = start(down, channels), start(across, width)
-                        loaded = [a[n, c + i, y - top, tirx.Ramp(x, 1, size)] for i in range(size)]
-                        for i, column in enumerate(transposed(loaded)):
-                            T.buffer_store(b, column, [n, y, x + left + i, tirx.Ramp(c, 1, size)])
+                    if channels in _FEW:
+                        with T.serial(0, vectors // together) as across:
+                            for i in range(together):
+                                x = start(across * together + i, width)
+                                loaded = [a[n, c, y - top, tirx.Ramp(x, 1, size)] for c in range(channels)]
+                                place = tirx.Ramp((left + x) * channels, 1, size * channels)
+                                T.buffer_store(line, tirx.Shuffle(loaded, turns), [n, y, place])
+                    else:
+                        with T.serial(0, -(-channels // size)) as down, T.serial(0, -(-width // size)) as across:
+                            c, x = start(down, channels), start(across, width)
+                            loaded = [a[n, c + i, y - top, tirx.Ramp(x, 1, size)] for i in range(size)]
+                            for i, column in enumerate(transposed(loaded)):
+                                T.buffer_store(b, column, [n, y, x + left + i, tirx.Ramp(c, 1, size)])
                     fill(n, y, (left + width) * channels, (cols - left - width) * channels)
                 with T.Else():
                     fill(n, y, 0, cols * channels)
