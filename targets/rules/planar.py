@@ -86,7 +86,7 @@ class _Kernel:
         self.pitch = filled + 2 * self.lanes  # a vector may end, and the padding begin, beyond it
         vectors = min(_VECTORS, -(-self.out_width // self.lanes))
         tiles = [rows for rows in _ROWS if self.out_height % rows == 0 and rows * vectors * of.area <= _WRITTEN] or [1]
-        self.tile = max(tiles, key=lambda rows: min(self._part(rows), _PART))
+        self.tile = max(tiles, key=lambda rows: min(self._part(rows), 2 * rows, _PART))
         self.part = self._part(self.tile)
 
     def _framed(self, rows: int) -> int:
