@@ -327,7 +327,7 @@ class _Form(Rewriter):
         function = te.create_prim_func([*placeholders, *(tensors[v] for v in results)])
         callers = [i for i, arg in enumerate(inputs) if arg in self.callers_values]
         callers += [len(inputs) + i for i, v in enumerate(results) if v in self.callers_memory]
-        function = _unaligned(function, callers)
+        function = _declared(function, [str(param.name) for param in function.params], callers)
         name = _kernel_name(group.members, self.definition)
         kernel = self.builder.add_func(function.with_attr({"tirx.noalias": True, "bnncc.kind": anchor}), name)
         types = [relax.TensorType(shape_of(v), str(v.ty.dtype)) for v in results]
@@ -349,8 +349,10 @@ class _Form(Rewriter):
         kernel, arguments = call.args[0], call.args[1].fields
         callers = [i for i, arg in enumerate(arguments) if arg in self.callers_values]
         callers += [len(arguments)] if var in self.callers_memory else []
-        if callers:
-            self.builder.update_func(kernel, _unaligned(self.builder.get()[kernel], callers))
+        # TVM's own names are those of variables, of which one may be read twice.
+        names = [*(f"p{i}" for i in range(1, len(arguments) + 1)), str(op_name(value)).split(".")[-1]]
+        function = _declared(self.builder.get()[kernel], names, callers)
+        self.builder.update_func(kernel, function)
         made = self.builder.emit(call, var.name)
         self.made(var, made)
         self.steps[made.name] = json.dumps(self.step(group))
@@ -400,11 +402,16 @@ def has_kernel(call: relax.Call) -> bool:
     return call.op.has_attr("FLegalize")
 
 
-def _unaligned(function: Any, positions: list[int]) -> Any:
-    """The function with buffers that may lie anywhere at these positions of its parameters; TVM assumes 64 bytes."""
-    params = [function.params[i] for i in positions]
-    anywhere = {p: tirx.decl_buffer(p.shape, str(p.dtype), str(p.name), data_alignment=4, layout=None) for p in params}
-    return tvm_ffi.structural_map(function, (tirx.Var, lambda var: anywhere.get(var, var)))
+def _declared(function: Any, names: list[str], unaligned: list[int]) -> Any:
+    """The function with its parameters under these names; those at some positions may lie anywhere. TVM assumes 64
+    bytes."""
+    buffers = {
+        param: tirx.decl_buffer(
+            param.shape, str(param.dtype), name, data_alignment=4 if i in unaligned else 64, layout=None
+        )
+        for i, (param, name) in enumerate(zip(function.params, names, strict=True))
+    }
+    return tvm_ffi.structural_map(function, (tirx.Var, lambda var: buffers.get(var, var)))
 
 
 def _channel_vector(array: np.ndarray) -> np.ndarray:

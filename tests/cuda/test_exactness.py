@@ -121,6 +121,7 @@ def _kinds() -> list[Case]:
         "strides": (lambda x, w: F.conv2d(x, w, stride=(2, 3), padding=1), (33, 96, 3, 2), (1, 96, 9, 10)),
         "dilations": (lambda x, w: F.conv2d(x, w, dilation=(3, 2)), (32, 65, 2, 3), (2, 65, 8, 9)),
         "1d": (lambda x, w: F.conv1d(x, w, padding=2, stride=2), (40, 33, 5), (2, 33, 31)),
+        "one tensor twice": (lambda x, w: torch.cat([F.conv2d(x, w)] * 2, 1), (33, 40, 1, 1), (1, 40, 3, 5)),
         "3d": (lambda x, w: F.conv3d(x, w, padding=1), (8, 20, 2, 3, 3), (1, 20, 3, 4, 5)),
         "transposed": (lambda x, w: F.conv_transpose2d(x, w, stride=2, padding=1), (33, 20, 3, 3), (1, 33, 5, 4)),
     }

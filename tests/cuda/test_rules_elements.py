@@ -137,6 +137,8 @@ def _images(channels: int) -> dict[str, tuple[Any, tuple[str, tuple[int, ...]]]]
         "to_nchw": (lambda x: f.permute(x, (0, 3, 1, 2)), ("floats", nhwc)),
         "to_nhwc_relu": (lambda x: f.relu(f.permute(x, (0, 2, 3, 1))), ("floats", (2, c, 9, 35))),
         "to_nhwc_pad": (lambda x: f.pad(f.permute(x, (0, 2, 3, 1)), (3, 3, 2, 2), 0.5), ("floats", (2, c, 9, 13))),
+        # A tile's first rows are all outside the image: what is declared where they are read is dropped with them.
+        "to_nhwc_pad_line": (lambda x: f.pad(f.permute(x, (0, 2, 3, 1)), (1, 1, 1, 1), 0.5), ("floats", (2, 8, 19, 1))),
         "zeros": (lambda x: computes_images.insert_zeros(x, (2, 3)), ("floats", nchw)),
         "pad_bits": (lambda x: computes.pad_bits(x, bits, (1, 2, 0, 1), 1), ("bytes", (2, 5, 6, bits.bytes))),
         "max_bits": (

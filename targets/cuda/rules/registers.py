@@ -115,10 +115,10 @@ class Kernel:
 
     @contextmanager
     def scope(self) -> Iterator[None]:
-        """What is computed inside is known inside alone."""
-        kept = dict(self._memo)
+        """What is computed or declared inside is known inside alone: code that never runs is dropped."""
+        memo, views = dict(self._memo), dict(self._views)
         yield
-        self._memo = kept
+        self._memo, self._views = memo, views
 
     def bind(self, value: Any, extent: int) -> Any:
         """A name for an integer between 0 and `extent`."""
