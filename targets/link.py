@@ -336,7 +336,16 @@ def _link_library(folder: Path, sources: Sequence[str], system: str, soname: str
         folder,
         system,
         ["-shared", "-fPIC", *sources],
-        ["-Wl,--version-script=exports.map", f"-Wl,-soname,{soname}", "-Wl,--strip-debug", *_LIBRARIES],
+        # -Wl would split a file name that has a comma.
+        [
+            "-Wl,--version-script=exports.map",
+            "-Xlinker",
+            "-soname",
+            "-Xlinker",
+            soname,
+            "-Wl,--strip-debug",
+            *_LIBRARIES,
+        ],
     )
 
 

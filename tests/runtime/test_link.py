@@ -51,6 +51,12 @@ def test_is_reproducible_and_small(tiny, artifact, tmp_path):
     assert str(tmp_path).encode() not in again.read_bytes()
 
 
+@pytest.mark.parametrize("name", ["batch=1, 224².so", "-so ünd so.so"])
+def test_takes_any_file_name(tiny, tmp_path, name):
+    path = tiny.build(tmp_path / name)
+    assert runtime.load(path).outputs
+
+
 def test_the_manifest_holds_the_plan(tiny, artifact):
     plan, manifest = tiny.plan(), runtime.read_manifest(artifact)
     assert manifest["format"] == 3 and manifest["name"] == manifest["prefix"] == "tiny"
