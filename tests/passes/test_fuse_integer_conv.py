@@ -1,6 +1,5 @@
 """Quantized activations times quantized weights: which grids are recognised, what is not fused, and exact integers."""
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +21,8 @@ from bnncc.passes.pack_planes import constants, pack_planes
 from bnncc.quantizations import InputDoReFa, Pact, WeightDoReFa
 from bnncc.runtime.bits import BitLayout, ByteLayout
 from bnncc.targets.descriptor import get_target
+
+from ..turns import in_turns
 
 RNG = np.random.default_rng(0)
 W = RNG.integers(-3, 4, (4, 8, 3, 3)).astype("float32")
@@ -296,15 +297,7 @@ CHANNELS = (1, 7, 8, 31, 33, 64, 65)
 KINDS = {"bitserial": 64, "integer": 0}
 
 
-def _turns():
-    """Every combination: in `make test` on one target, which take turns, in `make conformance` on the other."""
-    every = itertools.product([1, 2, 3, 4], ["native", "x86-64-v3"], KINDS)
-    for index, (weight_bits, target, kind) in enumerate(every):
-        later = [pytest.mark.conformance] * ((index + index // 2 + index // 4) % 2)
-        yield pytest.param(target, weight_bits, kind, marks=later)
-
-
-@pytest.mark.parametrize(("target", "weight_bits", "kind"), _turns())
+@pytest.mark.parametrize(("target", "weight_bits", "kind"), in_turns(("native", "x86-64-v3"), (1, 2, 3, 4), KINDS))
 def test_integers_are_exact(target, weight_bits, kind):
     inputs = [torch.from_numpy(RNG.normal(0, 90, (2, c, 4, 5)).astype("float32")) for c in CHANNELS]
     branches = []

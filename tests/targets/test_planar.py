@@ -12,6 +12,7 @@ from bnncc.dialect import computes_float, computes_planar
 from bnncc.targets import emit
 from bnncc.targets.descriptor import TargetSpec
 
+from ..turns import in_turns
 from .kernels import TARGETS, Kernel
 
 rng = np.random.default_rng(6)
@@ -29,9 +30,12 @@ WINDOWS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=[name for name in ("native", "x86-64-v3", "x86-64-v2") if name in TARGETS], scope="module")
+#: The widths of vectors.
+_NAMES = [name for name in ("native", "x86-64-v3", "x86-64-v2") if name in TARGETS]
+
+
+@pytest.fixture(params=_NAMES, scope="module")
 def target(request: pytest.FixtureRequest) -> TargetSpec:
-    """The widths of vectors."""
     return TARGETS[request.param]
 
 
@@ -58,8 +62,9 @@ def _same_bits(actual: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(actual.view(np.uint32), expected.view(np.uint32))
 
 
-@pytest.mark.parametrize(("image", "window", "strides", "dilation", "padding", "ceil_mode"), WINDOWS)
-def test_the_bits_of_the_kernels_on_nhwc(target, image, window, strides, dilation, padding, ceil_mode) -> None:
+@pytest.mark.parametrize(("target", "case"), in_turns(_NAMES, WINDOWS), indirect=["target"])
+def test_the_bits_of_the_kernels_on_nhwc(target: TargetSpec, case: Any) -> None:
+    image, window, strides, dilation, padding, ceil_mode = case
     x = _image(2, 3, *image)
 
     def both(name: str, *weights: tuple[np.ndarray, np.ndarray], **attrs: Any) -> None:
@@ -82,8 +87,11 @@ def test_the_bits_of_the_kernels_on_nhwc(target, image, window, strides, dilatio
         both("avg_pool2d", ceil_mode=ceil_mode, count_include_pad=True)
 
 
-@pytest.mark.parametrize("width", [1, 3, 4, 9, 15, 17, 24, 29, 33, 40, 63])
-@pytest.mark.parametrize("height", [1, 5, 7, 11, 24])
+@pytest.mark.parametrize(
+    ("target", "height", "width"),
+    in_turns(_NAMES, (1, 5, 7, 11, 24), (1, 3, 4, 9, 15, 17, 24, 29, 33, 40, 63)),
+    indirect=["target"],
+)
 def test_every_end_of_a_row(target: TargetSpec, width: int, height: int) -> None:
     """Vectors that begin early, of fewer lanes, and in parts, in tiles of any number of rows: one channel, a batch."""
     x, w = rng.integers(-4, 5, (3, 1, height, width)).astype(np.float32), rng.integers(-4, 5, (1, 5, 5))
