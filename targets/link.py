@@ -40,6 +40,9 @@ _FLAGS = ("-std=gnu11", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra",
 
 _LIBRARIES = ("-lm", "-lpthread", "-ldl")  # linked as far as they are used
 
+# Bytes of a model up to which Zig may keep what it makes of them, and of the driver, which it then need not make again.
+_MOST_KEPT = 1 << 20
+
 # In bytes, of every tensor in the arena and of every constant: what kernels rely on.
 _ALIGNMENT = 64
 
@@ -374,7 +377,7 @@ def _zig(folder: Path, system: str, arguments: Sequence[str], options: Sequence[
     linked = folder / f"linked-{system}"
     command = [sys.executable, "-m", "ziglang", "cc", "-target", system, *_FLAGS]
     command += ["-I", str(_driver_folder()), "-I", ".", *arguments, *options, "-o", linked.name]
-    result = subprocess.run(command, cwd=folder, env=_environment(), capture_output=True, text=True)
+    result = subprocess.run(command, cwd=folder, env=_environment(folder), capture_output=True, text=True)
     if result.returncode or not linked.is_file():
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         reason = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
@@ -382,9 +385,14 @@ def _zig(folder: Path, system: str, arguments: Sequence[str], options: Sequence[
     return linked.read_bytes()
 
 
-def _environment() -> dict[str, str]:
-    """Zig's environment: its cache where Zig itself would put it, or in the temporary folder where that is closed."""
+def _environment(folder: Path) -> dict[str, str]:
+    """Zig's environment: its cache where Zig itself would put it, or in the temporary folder where that is closed.
+
+    Zig keeps all that it ever made of a file; what it makes of a large model goes with the model's folder instead.
+    """
     environment = dict(os.environ)
+    if sum(path.stat().st_size for path in folder.iterdir()) > _MOST_KEPT:
+        environment["ZIG_LOCAL_CACHE_DIR"] = str(folder / "zig")
     if "ZIG_GLOBAL_CACHE_DIR" not in environment:
         home = os.path.expanduser("~")
         wanted = Path(environment.get("XDG_CACHE_HOME") or Path(home) / ".cache") / "zig"

@@ -221,11 +221,29 @@ def test_the_cache_moves_where_home_is_closed(monkeypatch, tmp_path):
     monkeypatch.delenv("ZIG_GLOBAL_CACHE_DIR", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert link_module._environment()["ZIG_GLOBAL_CACHE_DIR"] == str(tmp_path / ".cache" / "zig")
+    assert link_module._environment(tmp_path)["ZIG_GLOBAL_CACHE_DIR"] == str(tmp_path / ".cache" / "zig")
     monkeypatch.setattr(link_module.os, "access", lambda *_: False)
-    assert link_module._environment()["ZIG_GLOBAL_CACHE_DIR"].endswith(f"bnncc-zig-{os.getuid()}")
+    assert link_module._environment(tmp_path)["ZIG_GLOBAL_CACHE_DIR"].endswith(f"bnncc-zig-{os.getuid()}")
     monkeypatch.setenv("ZIG_GLOBAL_CACHE_DIR", "/chosen")
-    assert link_module._environment()["ZIG_GLOBAL_CACHE_DIR"] == "/chosen"
+    assert link_module._environment(tmp_path)["ZIG_GLOBAL_CACHE_DIR"] == "/chosen"
+
+
+def test_what_is_made_of_a_large_model_is_not_kept(tiny, artifact, tmp_path, monkeypatch):
+    """In Zig's cache, which nobody empties; the artifact is the same."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("ZIG_GLOBAL_CACHE_DIR", str(cache))
+
+    def kept(name: str) -> int:
+        assert tiny.build(tmp_path / name / "tiny.so").read_bytes() == artifact.read_bytes()
+        return sum(path.name == "model.o" for path in cache.rglob("*"))
+
+    for name in ("large", "small"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(link_module, "_MOST_KEPT", 0)
+    assert kept("large") == 0
+    monkeypatch.undo()
+    monkeypatch.setenv("ZIG_GLOBAL_CACHE_DIR", str(cache))
+    assert kept("small") == 1
 
 
 def broken(plan, **changes):
