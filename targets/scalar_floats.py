@@ -68,12 +68,19 @@ def _mark_sum(e: Any) -> Any:
     return e
 
 
+def _lanes_of(e: Any) -> list[Any] | None:
+    """The lanes of a gathered vector, of others None."""
+    if isinstance(e, tirx.Shuffle) and all("x" not in _dtype(v) for v in e.vectors):
+        return [e.vectors[int(i)] for i in e.indices]
+    return None
+
+
 def _lane(e: Any, i: int) -> Any:
     """Lane i, such that LLVM does not put several of them together again."""
     if isinstance(e, tirx.Broadcast):
         return e.value
-    if isinstance(e, tirx.Shuffle) and all("x" not in _dtype(v) for v in e.vectors):
-        return e.vectors[int(e.indices[i])]
+    if (lanes := _lanes_of(e)) is not None:
+        return lanes[i]
     return _llvm(_FENCE, "float32", tirx.Shuffle([e], [i]))
 
 
@@ -92,8 +99,7 @@ def _once(make: Callable[..., Any], *operands: Any, lanes: bool = False) -> Any:
         while isinstance(operand, tirx.Let):
             bound.append((operand.var, operand.value))
             operand = operand.body
-        gathered = isinstance(operand, tirx.Shuffle) and all("x" not in _dtype(v) for v in operand.vectors)
-        if not (isinstance(operand, (tirx.Var, tirx.Broadcast)) or (lanes and gathered)):
+        if not (isinstance(operand, (tirx.Var, tirx.Broadcast)) or (lanes and _lanes_of(operand) is not None)):
             bound.append((tirx.Var(f"once{len(bound)}", _dtype(operand)), operand))
             operand = bound[-1][0]
         simple.append(operand)
@@ -120,12 +126,22 @@ def _call(e: Any) -> Any:
     if intrinsic == _FMULADD:
         return _llvm(_FMA, _dtype(e), *e.args[1:])
     if intrinsic in _MOVES:
-        return e
+        return _by_lane_where_gathered(e, intrinsic, e.args[1])
 
     def gathered(*args: Any) -> Any:
         return _gather([_llvm(intrinsic, "float32", *(_lane(a, i) for a in args)) for i in range(_lanes(e))])
 
     return _once(gathered, *e.args[1:], lanes=True)
+
+
+def _by_lane_where_gathered(e: Any, intrinsic: int, operand: Any) -> Any:
+    """A move of lanes that are already apart leaves them so. Bound to a name, and each lane read from there, they would
+    be written out 16 times: TVM's code generation puts values in the place of names, and names may stand in them."""
+    if isinstance(operand, tirx.Let):
+        inner = _by_lane_where_gathered(e, intrinsic, operand.body)
+        return e if inner.same_as(e) else tirx.Let(operand.var, operand.value, inner)
+    lanes = _lanes_of(operand)
+    return e if lanes is None else _gather([_llvm(intrinsic, "float32", lane) for lane in lanes])
 
 
 def _extreme(e: Any) -> Any:
