@@ -136,7 +136,7 @@ def _call(e: Any) -> Any:
 
 def _by_lane_where_gathered(e: Any, intrinsic: int, operand: Any) -> Any:
     """A move of lanes that are already apart leaves them so. Bound to a name, and each lane read from there, they would
-    be written out 16 times: TVM's code generation puts values in the place of names, and names may stand in them."""
+    be written out once a lane: TVM's code generation puts values in the place of names, and names may stand in them."""
     if isinstance(operand, tirx.Let):
         inner = _by_lane_where_gathered(e, intrinsic, operand.body)
         return e if inner.same_as(e) else tirx.Let(operand.var, operand.value, inner)

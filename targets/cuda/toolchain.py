@@ -62,8 +62,8 @@ def compile_cuda(source: str, sm: str) -> tuple[bytes, bytes]:
     later ones.
 
     source: CUDA C as TVM generates it. What the results compute depends on it, on `sm` and on `compiler(sm).identity`
-    alone; their bytes do not: NVRTC (12.8, 12.9 and 13.5 alike) now and then reads 16 bytes in two pieces, by where its
-    own memory happens to lie.
+    alone. Their bytes may differ from one call to the next: NVRTC (12.8, 12.9 and 13.5 alike) now and then makes one
+    read of 16 bytes into two.
 
     Raises:
         BnnccError: no compiler here knows the architecture.
