@@ -79,6 +79,9 @@ def schedule_pack(stages: Stages, bits: SBlockRV, target: TargetSpec, *, joined:
     last, names = _with_padding(stages, bits)
     work = iterations(sch, bits) / target.float_lanes
     masks = Masks(sch, bits) if in_order(sch, bits, target) else None
+    if masks and stages.role(last) == "pad":
+        # With a condition at every pixel, LLVM may take each mask by way of the stack, and wait for it there.
+        partition(sch, sch.get_loops(last)[2])
     parallel_outer(sch, sch.get_loops(last)[:2], work)
     if len(sch.get(last).iter_vars) == 5:  # ternary: [N, H, W, 2, bytes]
         unroll(sch, sch.get_loops(last)[-2])
