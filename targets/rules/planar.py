@@ -36,8 +36,8 @@ from .written import over, parts, store, substituted
 _FRAME, _PART = 16 << 10, 8
 #: Rows of a tile, the best first: they share the rows that their windows read, and their sums lie in registers.
 _ROWS = (4, 5, 6, 7, 3, 2, 1)
-#: Vectors of a row of a tile, which share each weight; and operations of a tile, which are written out.
-_VECTORS, _WRITTEN = 2, 512
+#: Vectors of a tile that share each weight, beside or else below each other; and operations, which are written out.
+_VECTORS, _WRITTEN = 2, 704
 #: Lanes of a vector at the end of a row, at least.
 _FEWEST = 4
 
@@ -84,10 +84,17 @@ class _Kernel:
         self.after = max(0, last - self.before - self.width)
         filled = -(-max(last, self.before + self.width) // of.stride_x)
         self.pitch = filled + 2 * self.lanes  # a vector may end, and the padding begin, beyond it
-        vectors = min(_VECTORS, -(-self.out_width // self.lanes))
-        tiles = [rows for rows in _ROWS if self.out_height % rows == 0 and rows * vectors * of.area <= _WRITTEN] or [1]
-        self.tile = max(tiles, key=lambda rows: min(self._part(rows), 2 * rows, _PART))
-        self.part = self._part(self.tile)
+        # Where a row is one vector, a tile has as many rows again below it, if they come out even.
+        narrow = kind == "planar.products" and self.out_width <= self.lanes
+        shapes = [(rows, down) for down in ((_VECTORS, 1) if narrow else (1,)) for rows in _ROWS]
+        vectors = 1 if narrow else min(_VECTORS, -(-self.out_width // self.lanes))
+        tiles = [
+            (rows, down)
+            for rows, down in shapes
+            if self.out_height % (rows * down) == 0 and rows * down * vectors * of.area <= _WRITTEN
+        ] or [(1, 1)]
+        self.tile, self.down = max(tiles, key=lambda t: min(self._part(t[0] * t[1]), 2 * t[0], _PART))
+        self.part = self._part(self.tile * self.down)
 
     def _framed(self, rows: int) -> int:
         return (rows - 1) * self.of.stride_y + (self.of.height - 1) * self.of.dilation_y + 1
@@ -115,8 +122,9 @@ class _Kernel:
                 self.frame = T.alloc_buffer(shape, "float32", scope="local")
                 with T.serial(0, self._framed(self.part)) as row:
                     self._frame_row(row, first * self.of.stride_y + row - self.of.top)
-                with T.serial(0, self.part // self.tile) as tile:
-                    self._tile_row(first, tile * self.tile)
+                rows = self.tile * self.down
+                with T.serial(0, self.part // rows) as tile:
+                    self._tile_row(first, tile * rows)
         return builder.get()
 
     def _frame_row(self, row: Any, y: Any) -> None:
@@ -168,9 +176,10 @@ class _Kernel:
         wide = self.lanes * _VECTORS
         if whole := self.out_width // wide:
             with T.serial(0, whole) as v:
-                self._tile(first, y, v * wide, [(i * self.lanes, self.lanes) for i in range(_VECTORS)])
+                self._tile(first, y, v * wide, [(0, i * self.lanes, self.lanes) for i in range(_VECTORS)])
         if rest := list(self._vectors(whole * wide)):
-            self._tile(first, y, 0, rest)
+            below = range(0, self.down * self.tile, self.tile)
+            self._tile(first, y, 0, [(row, at, lanes) for row in below for at, lanes in rest])
 
     def _vectors(self, start: int) -> Iterator[tuple[int, int]]:
         """(pixel, lanes) of vectors from `start` to the end of a row.
@@ -181,15 +190,15 @@ class _Kernel:
             lanes = min(self.lanes, max(_FEWEST, 1 << (self.out_width - at - 1).bit_length()))
             yield max(0, min(at, self.out_width - lanes)), lanes
 
-    def _tile(self, first: Any, y: Any, x: Any, vectors: Sequence[tuple[int, int]]) -> None:
-        """Some vectors, at (pixel behind x, lanes), of each of a tile's rows."""
-        sums = [T.alloc_buffer((self.tile, lanes), "float32", scope="local") for _, lanes in vectors]
-        self._sum(sums, y, [(x + at, lanes) for at, lanes in vectors])
+    def _tile(self, first: Any, y: Any, x: Any, vectors: Sequence[tuple[int, int, int]]) -> None:
+        """Some vectors, at (row behind y, pixel behind x, lanes), of each of a tile's rows."""
+        sums = [T.alloc_buffer((self.tile, lanes), "float32", scope="local") for *_, lanes in vectors]
+        self._sum(sums, [(y + below, x + at, lanes) for below, at, lanes in vectors])
         target = (self.main or self.window).writes[0].source
         # What follows a window and reads nothing else may as well be computed beyond the end of a short row.
         alone = self.main is not None and len(self.main.reads) == 1
-        for row, (of, (start, lanes)) in itertools.product(range(self.tile), zip(sums, vectors, strict=True)):
-            at = (*self.plane, first + y + row)
+        for row, (of, (below, start, lanes)) in itertools.product(range(self.tile), zip(sums, vectors, strict=True)):
+            at = (*self.plane, first + y + below + row)
 
             def kept(lane: Any, row: int = row, of: Any = of) -> Any:
                 return of[row, lane]
@@ -213,15 +222,15 @@ class _Kernel:
         expr = substituted(self.main.body.value, self.main, at)
         return tvm_ffi.structural_map(expr, (TensorLoad, lambda load: value if load.source.same_as(windows) else load))
 
-    def _sum(self, sums: Sequence[Any], y: Any, vectors: Sequence[tuple[Any, int]]) -> None:
-        """The windows of a tile's rows at vectors of pixels, step by step in `sums`.
+    def _sum(self, sums: Sequence[Any], vectors: Sequence[tuple[Any, Any, int]]) -> None:
+        """The windows of a tile's rows at vectors (first row, pixel, lanes), step by step in `sums`.
 
         What windows of several rows read is used by all of them at once: it would not stay in a register until the
         next row begins. Each adds in the order of its own rows nonetheless.
         """
         of = self.of
         if self.kind != "planar.max":  # a maximum begins with the first value
-            for row, (into, (_, lanes)) in itertools.product(range(self.tile), zip(sums, vectors, strict=True)):
+            for row, (into, (*_, lanes)) in itertools.product(range(self.tile), zip(sums, vectors, strict=True)):
                 nothing = tirx.Broadcast(tirx.const(0.0, "float32"), lanes)
                 T.buffer_store(into, nothing, [row, tirx.Ramp(0, 1, lanes)])
         for read, j in itertools.product(range(self._framed(self.tile)), range(of.width)):
@@ -230,7 +239,7 @@ class _Kernel:
                 i, between = divmod(read - row * of.stride_y, of.dilation_y)
                 if between or not 0 <= i < of.height:
                     continue
-                for into, (x, lanes) in zip(sums, vectors, strict=True):
+                for into, (y, x, lanes) in zip(sums, vectors, strict=True):
                     pixels = tirx.Ramp(start // of.stride_x + x, 1, lanes)
                     value = self.frame[y * of.stride_y + read, start % of.stride_x, pixels]
                     at = [row, tirx.Ramp(0, 1, lanes)]
