@@ -26,7 +26,7 @@ from benchmarks.zoo import NETWORKS
 RESULTS = Path(__file__).parent / "results"
 
 #: Seconds of measuring an item of each section, and their factor for --quick.
-SECONDS = {"kernels": 0.6, "layers": 1.5, "convolutions": 6.0, "networks": 24.0}
+SECONDS = {"kernels": 1.5, "layers": 2.0, "convolutions": 8.0, "networks": 24.0}
 QUICK = 0.25
 #: Load average above which a machine is not quiet.
 _QUIET = 0.7

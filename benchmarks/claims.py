@@ -96,10 +96,10 @@ def _network(name: str, entry: dict[str, Any]) -> Iterator[Claim]:
     yield Claim(name, "resident beside artifact and arena, MB", round(1e-6 * more, 2), 10.0, False)
     compiling = entry["compile"]
     if name in _COMPILE_SECONDS:
-        yield Claim(name, "compiled in, s", compiling["seconds"], _COMPILE_SECONDS[name], False)
+        demanded = _COMPILE_SECONDS[name]
+        yield Claim(name, "compiled in, s", compiling["seconds"], demanded, False)
+        yield Claim(name, "compiled again, s", compiling["second_seconds"], demanded / 4, False)
     yield Claim(name, "compiled within, MB", compiling["peak_mb"], 3000.0, False)
-    again = round(compiling["second_seconds"] / compiling["seconds"], 3)
-    yield Claim(name, "compiled again, share of the first time", again, 0.25, False)
 
 
 def table(found: list[dict[str, Any]]) -> Table:

@@ -100,7 +100,7 @@ def measure(name: str, limits: dict[str, Any], seconds: float, worker: lce.Worke
             steps = step_report(session, array, limits, "native", seconds / 8)
             share = roofline_report(session, times["bnncc"], limits, "native")
             threads = {"1": lambda: session(array), "2": lambda: pair(array)}
-            wall = interleaved_medians(threads, seconds / 4, clock=time.perf_counter)
+            wall = interleaved_medians(threads, seconds / 2, clock=time.perf_counter)
             memory = resources.running(path, session.version)
     return {
         **peers.comparison(times),
