@@ -182,3 +182,13 @@ def test_float_inner_loop(target: str, size: int, channels: int) -> None:
     body = hottest(emit.assembly(prim_func([x, w], [y]), spec), FMA[target])
     assert sum(bool(re.search(FMA[target], line)) for line in body) >= 8
     assert not [line for line in body if _touches_stack(line)]
+
+
+@pytest.mark.parametrize("width", [7, 14, 56])
+@pytest.mark.parametrize("target", ["znver4", "x86-64-v3"])
+def test_depthwise_sums_hide_the_latency_of_an_addition(target: str, width: int) -> None:
+    spec = get_target(target)
+    x, w = (te.placeholder(shape, "float32", name) for shape, name in (((1, width, width, 64), "x"), ((7, 7, 64), "w")))
+    y = computes_float.depthwise_conv2d(x, w, padding=(3, 3, 3, 3))
+    added = re.findall(FMA[target] + r".*[, ](%[yz]mm\d+)$", emit.assembly(prim_func([x, w], [y]), spec), re.M)
+    assert len(set(added)) >= 7
