@@ -84,17 +84,20 @@ class _Kernel:
         self.after = max(0, last - self.before - self.width)
         filled = -(-max(last, self.before + self.width) // of.stride_x)
         self.pitch = filled + 2 * self.lanes  # a vector may end, and the padding begin, beyond it
-        # Where a row is one vector, a tile has as many rows again below it, if they come out even.
-        narrow = kind == "planar.products" and self.out_width <= self.lanes
-        shapes = [(rows, down) for down in ((_VECTORS, 1) if narrow else (1,)) for rows in _ROWS]
-        vectors = 1 if narrow else min(_VECTORS, -(-self.out_width // self.lanes))
+        self.tile, self.down = self._choose_tile()
+        self.part = self._part(self.tile * self.down)
+
+    def _choose_tile(self) -> tuple[int, int]:
+        """Rows of a tile, and how many such blocks lie below each other: where a row is one vector, for each weight to
+        serve them all."""
+        beside = min(_VECTORS, -(-self.out_width // self.lanes))
         tiles = [
             (rows, down)
-            for rows, down in shapes
-            if self.out_height % (rows * down) == 0 and rows * down * vectors * of.area <= _WRITTEN
-        ] or [(1, 1)]
-        self.tile, self.down = max(tiles, key=lambda t: min(self._part(t[0] * t[1]), 2 * t[0], _PART))
-        self.part = self._part(self.tile * self.down)
+            for down in ((_VECTORS, 1) if beside == 1 and self.kind == "planar.products" else (1,))
+            for rows in _ROWS
+            if self.out_height % (rows * down) == 0 and rows * down * beside * self.of.area <= _WRITTEN
+        ]
+        return max(tiles or [(1, 1)], key=lambda tile: min(self._part(tile[0] * tile[1]), 2 * tile[0], _PART))
 
     def _framed(self, rows: int) -> int:
         return (rows - 1) * self.of.stride_y + (self.of.height - 1) * self.of.dilation_y + 1
